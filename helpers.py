@@ -279,6 +279,9 @@ class HeadReport:
 def build_model(name: str, seed: int) -> nn.Module:
     """A torchvision ResNet with a 1000-way head, randomly initialised from ``seed``.
 
+    Each residual branch starts at zero, so that the network starts shallow (Goyal et al. 2017,
+    https://arxiv.org/abs/1706.02677, section 5.1).
+
     Raises
     ------
     ValueError
@@ -287,7 +290,7 @@ def build_model(name: str, seed: int) -> nn.Module:
     if name not in MODELS:
         raise ValueError(f"model name is {name!r}: it must be one of {list(MODELS)}.")
     torch.manual_seed(seed)
-    return models.get_model(name, weights=None)
+    return models.get_model(name, weights=None, zero_init_residual=True)
 
 
 def load_imagenet_weights(model: nn.Module, name: str, timeout: float = 15.0) -> Optional[str]:
@@ -624,7 +627,7 @@ def load_official(data_dir: Path) -> Cifar10:
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpacking-") as folder:
             extract_archive(str(archive), folder)
             if batches.exists():
-                shutil.rmtree(batches)  # damaged, or the read above had served
+                shutil.rmtree(batches)  # damaged: whole batches were read above
             os.replace(Path(folder) / batches.name, batches)
         return _read_batches(data_dir)
     except OSError as error:
@@ -661,11 +664,12 @@ def load_image_folders(data_dir: Path) -> Cifar10:
         raise SourceError(f"no image folders '{IMAGE_FOLDERS}' in '{data_dir}'")
     splits = {split: _read_image_folder(root / split) for split in ("train", "test")}
     suffixes = sorted({suffix for _, _, found in splits.values() for suffix in found})
+    lossy = "; JPEG is lossy, so accuracies are a little below the official pixels'" if "JPG" in suffixes else ""
     n_images = sum(len(labels) for _, labels, _ in splits.values())
     return Cifar10(
         *splits["train"][:2], *splits["test"][:2],
         source=f"image folders '{IMAGE_FOLDERS}' ({n_images:,} files, {'/'.join(suffixes)}), "
-        "not verified against the official MD5",
+        f"not verified against the official MD5{lossy}",
     )
 
 
@@ -698,7 +702,7 @@ def _read_image_folder(folder: Path) -> Tuple[np.ndarray, np.ndarray, set]:
         except Exception as error:  # Pillow raises many kinds on damaged files
             raise SourceError(f"{file} cannot be read as an image: replace it", found=True) from error
         progress.update(f"Reading {where}: {i + 1:,} of {len(paths):,} images")
-    progress.update(f"Read {where}: {len(paths):,} images", final=progress.handle is not None)
+    progress.update(f"Read {where}: {len(paths):,} images", final=True)
     labels = np.array([label for _, label in paths], dtype=np.int64)
     return images, labels, {path.suffix.lower().lstrip(".").replace("jpeg", "jpg").upper() for path, _ in paths}
 
@@ -785,7 +789,7 @@ def download_archive(url: str, path, md5: str) -> None:
     progress.update(f"Downloaded {done / 1e6:.0f} MB from {host}", final=True)
 
 
-def make_stand_in(seed: int, n_train: int = 400, n_test: int = 100) -> Cifar10:
+def make_stand_in(seed: int, n_train: int = 800, n_test: int = 100) -> Cifar10:
     """Ten classes of generated shapes in the form of CIFAR-10, for a run with no data at all.
 
     Each class is one shape, drawn at a random place, size and pair of colours over noise.
@@ -1171,11 +1175,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, dtype: torch.dtype = torch.
         {"params": [p for p in parameters if p.ndim in (2, 3)], "lr": recipe.adamw_lr, "muon": False},
         {"params": [p for p in parameters if p.ndim < 2], "lr": recipe.adamw_lr, "muon": False, "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    try:  # one fused kernel, on the CPU from torch 2.4
-        return MuonAdamW(groups, weight_decay=recipe.weight_decay, fused=True)
-    except RuntimeError:
-        return MuonAdamW(groups, weight_decay=recipe.weight_decay)
+    return MuonAdamW([group for group in groups if group["params"]], weight_decay=recipe.weight_decay)
 
 
 def train_step(model, criterion, optimizer, images, targets, device, dtype) -> torch.Tensor:
@@ -1393,11 +1393,11 @@ def fit(
 
             train_loss, train_accuracy = train_one_epoch(
                 model, criterion, optimizer, scheduler, train_loader, device, dtype, show)
-            metrics.append(
-                EpochMetrics(epoch, train_loss, train_accuracy, *evaluate(model, val_loader, device, dtype)))
-            if best_state is None or metrics[-1].val_accuracy > max(m.val_accuracy for m in metrics[:-1]):
-                best_state = copy.deepcopy(model.state_dict())
-            on_epoch(metrics[-1].line(recipe.epochs))
+            new = EpochMetrics(epoch, train_loss, train_accuracy, *evaluate(model, val_loader, device, dtype))
+            is_best = all(new.val_accuracy > m.val_accuracy for m in metrics)
+            state = copy.deepcopy(model.state_dict()) if is_best else best_state
+            metrics, best_state = [*metrics, new], state  # together: an interruption finds both or neither
+            on_epoch(new.line(recipe.epochs))
     except NonFiniteLoss as error:
         raise NonFiniteLoss(f"{error}, epoch {epoch}: lower the learning rate.") from None
     except KeyboardInterrupt:
@@ -1634,12 +1634,13 @@ def executed_in_order(notebook_path, executed: Sequence[str]) -> Optional[bool]:
     ----------
     notebook_path : str or Path
     executed : sequence of str
-        The sources that the kernel has run: IPython's ``In``.
+        The sources that the kernel has run: IPython's ``In``. The cell in which papermill
+        injects parameters is passed over.
 
     Returns
     -------
     bool or None
-        None if the file is not there, as when parameters were injected into a copy.
+        None if the file is not there.
     """
     import nbformat
 
@@ -1649,6 +1650,7 @@ def executed_in_order(notebook_path, executed: Sequence[str]) -> Optional[bool]:
     cells = nbformat.read(str(path), as_version=4).cells
     sources = [cell.source.strip() for cell in cells if cell.cell_type == "code" and cell.source.strip()]
     ran = [source.strip() for source in executed if source.strip()]
+    ran = [source for source in ran if not source.startswith("# Parameters\n")]  # papermill's own cell
     return ran == sources[: len(ran)]
 
 

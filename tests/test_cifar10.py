@@ -345,7 +345,7 @@ def test_the_stand_in_is_the_same_for_the_same_seed_and_quick():
     assert one.train_images.tobytes() == same.train_images.tobytes()
     assert one.test_images.tobytes() == same.test_images.tobytes()
     assert one.train_images.tobytes() != other.train_images.tobytes()
-    assert np.bincount(one.train_labels).tolist() == [400] * 10
+    assert np.bincount(one.train_labels).tolist() == [800] * 10
     assert np.bincount(one.test_labels).tolist() == [100] * 10
 
 

@@ -1,5 +1,6 @@
 """Model surgery: traversal, replacement, head, weights."""
 
+import io
 import urllib.error
 from pathlib import Path
 
@@ -284,9 +285,9 @@ def test_a_cached_file_never_runs_code(hub, tmp_path):
 @pytest.mark.parametrize("error, text", [
     (urllib.error.URLError(TimeoutError("timed out")), "timed out"),
     (urllib.error.URLError(ConnectionRefusedError(111, "Connection refused")), "Connection refused"),
-    (urllib.error.HTTPError("http://x", 403, "Forbidden", {}, None), "HTTP 403 Forbidden"),
+    (urllib.error.HTTPError("http://x", 403, "Forbidden", {}, io.BytesIO()), "HTTP 403 Forbidden"),
     (RuntimeError('invalid hash value (expected "f37072fd", got "00")'), "invalid hash value"),
-])
+], ids=["time-out", "refused", "forbidden", "hash"])
 def test_a_failed_download_is_one_sentence(hub, monkeypatch, error, text):
     import socket
 
