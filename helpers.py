@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from scipy import stats
-from sklearn.metrics import ConfusionMatrixDisplay, classification_report, confusion_matrix, f1_score
+from sklearn.metrics import ConfusionMatrixDisplay, classification_report, confusion_matrix
 from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
@@ -1038,8 +1038,9 @@ def make_loader(images, labels, make_transform, image_size: int, batch_size: int
 class Recipe:
     """How to train: chosen by the weights that were really loaded.
 
-    ``lr`` and ``adamw_lr`` are the peaks of one-cycle schedules (see :func:`make_optimizer`). The first ``small_share`` of the epochs sees
-    images of half the size: cheaper, and enough to learn the coarse features.
+    ``lr`` (Muon) and ``adamw_lr`` are the peaks of one-cycle schedules, see
+    :func:`make_optimizer`. The first ``small_share`` of the epochs sees images of half the size:
+    cheaper, and enough to learn the coarse features.
     """
 
     name: str
@@ -1049,7 +1050,7 @@ class Recipe:
     adamw_lr: float = 3e-3
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
-    warmup_share: float = 0.25
+    warmup_share: float = 0.15
 
     def image_sizes(self, image_size: int) -> List[int]:
         """The side of the training images in each epoch, in pixels."""
@@ -1058,8 +1059,8 @@ class Recipe:
 
 
 RECIPES = {
-    "random": Recipe("from random initialisation", epochs=16, lr=3e-3, small_share=0.55),
-    "pretrained": Recipe("fine-tuning", epochs=5, lr=1e-3, small_share=0.0),
+    "random": Recipe("from random initialisation", epochs=11, lr=5e-3, small_share=0.55),
+    "pretrained": Recipe("fine-tuning", epochs=5, lr=2e-3, small_share=0.0, adamw_lr=1e-3),
 }
 
 
@@ -1116,6 +1117,32 @@ def autocast(device: torch.device, dtype: torch.dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def whiten_stem(model: nn.Module, images: np.ndarray, image_size: int) -> None:
+    """Start the first convolution of a randomly initialised ResNet at whitening filters, in place.
+
+    Half of its filters become the leading principal components of training patches, each scaled to
+    unit variance, the other half their negatives: the first layer then need not be learned from
+    few images (after Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.2).
+
+    Parameters
+    ----------
+    model : nn.Module
+        With a first convolution called conv1, without bias.
+    images : uint8 array (N, 32, 32, 3)
+        Training images; about 2,000 of them, evenly spaced, are used.
+    image_size : int
+        Side of the network's input, in pixels.
+    """
+    weight = model.conv1.weight
+    sample = torch.from_numpy(images[:: max(1, len(images) // 2000)]).permute(0, 3, 1, 2)
+    inputs = eval_transform(image_size)(sample)
+    patches = F.unfold(inputs, weight.shape[2:], stride=8).transpose(1, 2).flatten(0, 1)
+    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending
+    filters = (components / (variances + 1e-3).sqrt()).T.flip(0)[: len(weight) // 2]
+    with torch.no_grad():
+        weight.copy_(torch.cat([filters, -filters]).view(weight.shape))
 
 
 class NonFiniteLoss(RuntimeError):
@@ -1555,6 +1582,11 @@ def measure_activations(
     ]
 
 
+def mean_share(measured: Sequence[ActivationInputs], quantity: str) -> float:
+    """The mean over the calls of ``negative`` or ``silent``, 0 to 1."""
+    return float(np.mean([getattr(m, quantity) for m in measured]))
+
+
 def most_confident_mistakes(probabilities: np.ndarray, targets: np.ndarray, n: int) -> np.ndarray:
     """Indices of up to ``n`` wrong predictions, the most confident first."""
     predicted = probabilities.argmax(1)
@@ -1587,14 +1619,13 @@ def analyse(
         bullets.append("**Stand-in images.** Generated shapes: nothing below says anything about CIFAR-10.")
     bullets.append(f"**Effect of the swap.** {conclusion}")
 
-    mean = lambda measured, quantity: float(np.mean([getattr(m, quantity) for m in measured]))  # noqa: E731
     mechanism = (
-        f"**Mechanism.** On average over the replaced calls {mean(swapped, 'negative'):.0%} of the inputs "
-        f"of {activation} are negative, and {mean(swapped, 'silent'):.1%} of the channels are silent"
+        f"**Mechanism.** On average over the replaced calls {mean_share(swapped, 'negative'):.0%} of the inputs "
+        f"of {activation} are negative, and {mean_share(swapped, 'silent'):.1%} of the channels are silent"
     )
     if control:
         mechanism += (
-            f"; in the ReLU control it is {mean(control, 'negative'):.0%} and {mean(control, 'silent'):.1%}. "
+            f"; in the ReLU control it is {mean_share(control, 'negative'):.0%} and {mean_share(control, 'silent'):.1%}. "
             "The negative inputs are where the two functions differ: ReLU drops them, "
             f"{activation} lets a part through"
         )

@@ -66,6 +66,8 @@ def train_ours(train, test, seed, recipe, image_size, batch_size, dtype, swap=Tr
     val_loader = helpers.make_loader(*validating, helpers.eval_transform, image_size, batch_size, seed)
     test_loader = helpers.make_loader(*test, helpers.eval_transform, image_size, batch_size, seed)
     model = swapped_network(seed, pretrained, swap)
+    if not pretrained:
+        helpers.whiten_stem(model, fitting[0], image_size)
     history = helpers.fit(
         model, recipe, train_loader, val_loader, image_size, DEVICE, dtype, seed,
         on_epoch=lambda line: print("   ", line, file=sys.stderr))
@@ -227,7 +229,7 @@ def main():
     parser.add_argument("--pretrained", action="store_true", help="with --seeds: start from torchvision's weights")
     parser.add_argument("--data-dir", default=str(Path(__file__).resolve().parent.parent / "data"))
     parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own number")
     parser.add_argument("--precision", default="bfloat16", choices=["float32", "bfloat16"])
     args = parser.parse_args()

@@ -112,6 +112,11 @@ def test_measurements_come_in_the_order_of_the_names_and_unknown_names_are_refus
         helpers.measure_activations(tiny_net, ["nowhere"], loaders[1], CPU)
 
 
+def test_the_mean_share_is_over_the_calls():
+    assert helpers.mean_share(INPUTS, "negative") == pytest.approx(0.6)
+    assert helpers.mean_share(INPUTS, "silent") == pytest.approx(0.125)
+
+
 def test_the_most_confident_mistakes_come_first():
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.99, 0.01], [0.3, 0.7]])
     targets = np.array([0, 0, 0, 1, 1])

@@ -95,6 +95,24 @@ def test_the_recipes_end_at_full_size(kind):
     assert len(recipe.image_sizes(64)) == recipe.epochs and recipe.image_sizes(64)[-1] == 64
 
 
+def test_the_whitened_stem_gives_outputs_of_unit_variance_in_pairs_and_changes_nothing_else():
+    model = helpers.build_model("resnet18", seed=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = helpers.make_stand_in(1, n_train=40, n_test=1).train_images
+    helpers.whiten_stem(model, images, 64)
+    weight = model.conv1.weight.detach()
+    assert torch.equal(weight[:32], -weight[32:])
+    inputs = helpers.eval_transform(64)(torch.from_numpy(images).permute(0, 3, 1, 2))
+    patches = F.unfold(inputs, 7, stride=8).transpose(1, 2).flatten(0, 1)
+    responses = patches @ weight[:32].flatten(1).T
+    covariance = responses.T @ responses / len(responses)
+    assert torch.allclose(covariance, torch.diag(covariance.diagonal()), atol=1e-2)
+    assert ((covariance.diagonal() > 0.5) & (covariance.diagonal() < 1.01)).all()
+    assert covariance[0, 0] > covariance[31, 31]  # the leading components, in their order
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["conv1.weight"]
+
+
 def test_weight_decay_spares_biases_and_normalisation_and_muon_takes_the_convolutions(tiny_net):
     tiny_net.features[0].bias.requires_grad_(False)
     optimizer = helpers.make_optimizer(tiny_net, RECIPE, torch.bfloat16)
