@@ -664,7 +664,7 @@ def load_image_folders(data_dir: Path) -> Cifar10:
         raise SourceError(f"no image folders '{IMAGE_FOLDERS}' in '{data_dir}'")
     splits = {split: _read_image_folder(root / split) for split in ("train", "test")}
     suffixes = sorted({suffix for _, _, found in splits.values() for suffix in found})
-    lossy = "; JPEG is lossy, so accuracies are a little below the official pixels'" if "JPG" in suffixes else ""
+    lossy = "; JPEG is lossy: expect slightly lower accuracies than on the official pixels" if "JPG" in suffixes else ""
     n_images = sum(len(labels) for _, labels, _ in splits.values())
     return Cifar10(
         *splits["train"][:2], *splits["test"][:2],
@@ -1376,6 +1376,10 @@ def fit(
 
     Parameters
     ----------
+    train_loader, val_loader : DataLoader
+        As :func:`make_loader` makes them.
+    image_size : int
+        Side of the images in the last epochs and in validation, in pixels.
     seed : int
         Of shuffling and augmentation: the same seed gives another model the same batches.
     seconds_left : float
@@ -1613,7 +1617,7 @@ def analyse(
     pretrained: bool,
     is_stand_in: bool,
 ) -> List[str]:
-    """The analysis bullets, 4 or 5 sentences in Markdown, from the numbers of the run."""
+    """The analysis bullets, 5 or 6 in Markdown, made of the numbers of the run."""
     bullets = []
     if is_stand_in:
         bullets.append("**Stand-in images.** Generated shapes: nothing below says anything about CIFAR-10.")
@@ -1625,11 +1629,11 @@ def analyse(
     )
     if control:
         mechanism += (
-            f"; in the ReLU control it is {mean_share(control, 'negative'):.0%} and {mean_share(control, 'silent'):.1%}. "
-            "The negative inputs are where the two functions differ: ReLU drops them, "
-            f"{activation} lets a part through"
+            f"; in the ReLU control it is {mean_share(control, 'negative'):.0%} and {mean_share(control, 'silent'):.1%}"
         )
-    bullets.append(mechanism + ".")
+        if mean_share(control, "silent") == 0:
+            mechanism += ". No channel of the control is dead, so there was none for the swap to keep alive"
+    bullets.append(mechanism + f". Negative inputs are where the two differ: {activation} lets a part of them through.")
 
     best, last = history.best, history.epochs[-1]
     gap = best.train_accuracy - best.val_accuracy

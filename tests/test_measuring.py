@@ -1,6 +1,6 @@
 """Measuring and pictures: intervals, paired comparison, activations, figures."""
 
-import copy
+import dataclasses
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -149,6 +149,9 @@ def test_the_analysis_is_made_of_the_numbers_of_the_run():
         assert part in text, part
     assert "ImageNet" not in "\n".join(analyse(pretrained=True))
     assert "control" not in analyse(control=[])[1]
+    alive = [dataclasses.replace(m, silent=0.0) for m in INPUTS]
+    assert "none for the swap to keep alive" in analyse(control=alive)[1]
+    assert "keep alive" not in analyse()[1] and "keep alive" not in analyse(control=[])[1]
     assert len(analyse(stand_in=True)) == 6 and "Stand-in" in analyse(stand_in=True)[0]
 
 
