@@ -125,7 +125,7 @@ def test_two_headless_runs_in_two_places_are_equal_but_for_times(executed):
     assert one == another
 
 
-def test_the_cells_can_be_run_a_second_time_with_the_same_output(tmp_path):
+def test_a_cell_run_twice_in_a_row_gives_the_same_output_or_a_clear_sentence(tmp_path):
     write_image_tree(tmp_path / "data", n_train=20, n_test=6)
     for path in (NOTEBOOK, ROOT / "helpers.py"):
         shutil.copy(path, tmp_path)
@@ -139,6 +139,7 @@ def test_the_cells_can_be_run_a_second_time_with_the_same_output(tmp_path):
     NotebookClient(
         notebook, timeout=600, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
     for first, second in zip(twice[::2], twice[1::2]):
+        assert not [o for o in first.outputs if o.output_type == "error"]
         errors = [o for o in second.outputs if o.output_type == "error"]
         if errors:
             sentences = ("but the model has 6 nn.ReLU", "model.fc has 3 outputs already")
