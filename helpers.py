@@ -23,7 +23,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass, field, replace
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -585,6 +586,9 @@ def load_cifar10(
             return replace(data, source=f"{data.source}, downloaded from {host}", skipped=tuple(skipped))
         except SourceError as error:
             skipped.append(str(error))
+            if error.found:  # a good archive arrived and cannot be unpacked: another would not help
+                found_broken = True
+                break
     if allow_stand_in and not found_broken:
         return replace(make_stand_in(seed), skipped=tuple(skipped))
     advice = (
@@ -637,7 +641,9 @@ def load_official(data_dir: Path) -> Cifar10:
 
 
 def _read_batches(data_dir: Path) -> Cifar10:
-    splits = [datasets.CIFAR10(str(data_dir), train=train, download=False) for train in (True, False)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of NumPy on the batches' old pickles (pytorch/vision issue 9340)
+        splits = [datasets.CIFAR10(str(data_dir), train=train, download=False) for train in (True, False)]
     (train_images, train_labels), (test_images, test_labels) = [
         (split.data, np.array(split.targets, dtype=np.int64)) for split in splits
     ]
@@ -1059,7 +1065,7 @@ class Recipe:
 
 
 RECIPES = {
-    "random": Recipe("from random initialisation", epochs=11, lr=5e-3, small_share=0.55),
+    "random": Recipe("from random initialisation", epochs=16, lr=5e-3, small_share=0.5),
     "pretrained": Recipe("fine-tuning", epochs=5, lr=2e-3, small_share=0.0, adamw_lr=1e-3),
 }
 
@@ -1099,17 +1105,33 @@ class History:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the warm-up measurement chose. ``notes`` says why, a sentence each."""
+    """What the warm-up measurement chose. ``notes`` says why, a sentence each.
+
+    ``seconds`` is how long measuring took.
+    """
 
     dtype: torch.dtype
     recipe: Recipe
     seconds: float
-    notes: Tuple[str, ...] = field(default=())
+    notes: Tuple[str, ...]
 
 
 def describe_dtype(dtype: torch.dtype) -> str:
     """``float32`` or ``bfloat16``."""
     return str(dtype).split(".")[-1]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether autocast to bfloat16 can be asked for: on CPUs, newer CUDA cards, and not on MPS."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Channels-last, in which convolutions run fastest; not on MPS, where BatchNorm then gives wrong gradients.
+
+    See https://github.com/pytorch/pytorch/issues/175189.
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -1131,18 +1153,55 @@ def whiten_stem(model: nn.Module, images: np.ndarray, image_size: int) -> None:
     model : nn.Module
         With a first convolution called conv1, without bias.
     images : uint8 array (N, 32, 32, 3)
-        Training images; about 2,000 of them, evenly spaced, are used.
+        Training images; about 500 of them, evenly spaced, are used.
     image_size : int
         Side of the network's input, in pixels.
     """
     weight = model.conv1.weight
-    sample = torch.from_numpy(images[:: max(1, len(images) // 2000)]).permute(0, 3, 1, 2)
+    sample = torch.from_numpy(images[:: max(1, len(images) // 500)]).permute(0, 3, 1, 2)
     inputs = eval_transform(image_size)(sample)
     patches = F.unfold(inputs, weight.shape[2:], stride=8).transpose(1, 2).flatten(0, 1)
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending
     filters = (components / (variances + 1e-3).sqrt()).T.flip(0)[: len(weight) // 2]
     with torch.no_grad():
         weight.copy_(torch.cat([filters, -filters]).view(weight.shape))
+
+
+class _SmallMapConv2d(nn.Conv2d):
+    """A convolution that runs as one matrix product where its output is at most 3x3 pixels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (kh, kw), (sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding
+        h, w = (x.shape[2] + 2 * ph - kh) // sh + 1, (x.shape[3] + 2 * pw - kw) // sw + 1
+        if x.device.type != "cpu" or h * w > 9:
+            return super().forward(x)
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
+        patches = torch.stack(
+            [padded[:, i:i + sh * h:sh, j:j + sw * w:sw] for i in range(kh) for j in range(kw)], dim=3)
+        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view, if the weight is channels-last
+        return F.linear(patches.flatten(3), matrix, self.bias).permute(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def small_maps_as_matmul(model: nn.Module):
+    """Within it, convolutions on very small feature maps run as matrix products on a CPU.
+
+    The deepest convolutions of a ResNet see maps of 1x1 to 3x3 pixels when images are small. CPU
+    convolution kernels are slow there: on 2x2 pixels and 512 channels the product takes a quarter of the
+    time. Same modules, same parameters, the same result up to rounding; left as it was entered.
+    """
+    convolutions = [
+        m for m in model.modules()
+        if type(m) is nn.Conv2d and m.groups == 1 and m.dilation == (1, 1)
+        and m.padding_mode == "zeros" and not isinstance(m.padding, str)
+    ]
+    for convolution in convolutions:
+        convolution.__class__ = _SmallMapConv2d
+    try:
+        yield
+    finally:
+        for convolution in convolutions:
+            convolution.__class__ = nn.Conv2d
 
 
 class NonFiniteLoss(RuntimeError):
@@ -1165,29 +1224,41 @@ class MuonAdamW(torch.optim.AdamW):
             for p in group["params"] if group["muon"] else ():
                 if p.grad is None:
                     continue
-                gradient, p.grad = p.grad.flatten(1), None  # without a gradient AdamW passes it over
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(gradient))
+                gradient = p.grad.permute(0, 2, 3, 1).flatten(1)  # a view, if it is channels-last
+                p.grad = None  # without a gradient AdamW passes it over
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(gradient)
+                momentum = self.state[p]["momentum"]
                 momentum.lerp_(gradient, 0.05)
-                update = orthogonalise(gradient.lerp(momentum, 0.95), group["muon_dtype"])
+                update = orthogonalise(gradient.lerp_(momentum, 0.95), group["muon_dtype"])
+                scale = 0.2 * math.sqrt(max(update.shape))
+                n_out, n_in, height, width = p.shape
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view(p.shape), alpha=-group["lr"] * 0.2 * math.sqrt(max(update.shape)))
+                p.add_(update.view(n_out, height, width, n_in).permute(0, 3, 1, 2), alpha=-group["lr"] * scale)
         return super().step(closure)
 
 
 def orthogonalise(matrix: torch.Tensor, dtype: torch.dtype, steps: int = 3) -> torch.Tensor:
     """Bring the singular values of a matrix near 1, by Newton-Schulz steps in ``dtype``.
 
-    The quintic's coefficients are Jordan's (2024), chosen for speed: after 5 steps the singular values
-    lie between about 0.7 and 1.2, and 3 steps do as well in training here.
+    Each step multiplies x by a polynomial of x x', and these commute: they are worked out on that
+    smaller square matrix and multiplied with x once. In bfloat16 this blurs the smallest singular
+    values, and only those. The quintic's coefficients are Jordan's (2024), chosen for speed: after
+    5 steps the singular values lie between about 0.7 and 1.2, and 3 steps do as well in training here.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix.shape[0] <= matrix.shape[1]
     x = (matrix if wide else matrix.T).to(dtype)
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T
+    product = torch.eye(len(gram), dtype=dtype, device=gram.device)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.T).to(matrix.dtype).contiguous()
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
+    return x if wide else x.T.contiguous()
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, dtype: torch.dtype = torch.float32) -> MuonAdamW:
@@ -1227,8 +1298,8 @@ def train_step(model, criterion, optimizer, images, targets, device, dtype) -> t
 
 
 def to_device(images, targets, device) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Move a batch; channels-last is the layout in which convolutions run fastest."""
-    images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+    """Move a batch to the device, in its :func:`memory_format`."""
+    images = images.to(device, memory_format=memory_format(device), non_blocking=True)
     return images, targets.to(device, non_blocking=True)
 
 
@@ -1246,17 +1317,18 @@ def train_one_epoch(
     """
     model.train()
     loss_sum = correct = seen = 0
-    for step, (images, targets) in enumerate(data_loader, start=1):
-        images, targets = to_device(images, targets, device)
-        try:
-            logits = train_step(model, criterion, optimizer, images, targets, device, dtype)
-        except NonFiniteLoss as error:
-            raise NonFiniteLoss(f"{error}, step {step}") from None
-        scheduler.step()
-        loss_sum += F.cross_entropy(logits, targets, reduction="sum").item()
-        correct += (logits.argmax(1) == targets).sum().item()
-        seen += len(targets)
-        on_step(step, seen)
+    with small_maps_as_matmul(model):
+        for step, (images, targets) in enumerate(data_loader, start=1):
+            images, targets = to_device(images, targets, device)
+            try:
+                logits = train_step(model, criterion, optimizer, images, targets, device, dtype)
+            except NonFiniteLoss as error:
+                raise NonFiniteLoss(f"{error}, step {step}") from None
+            scheduler.step()
+            loss_sum += F.cross_entropy(logits, targets, reduction="sum").item()
+            correct += (logits.argmax(1) == targets).sum().item()
+            seen += len(targets)
+            on_step(step, seen)
     return loss_sum / seen, correct / seen
 
 
@@ -1271,12 +1343,13 @@ def predict(model, data_loader, device, dtype=torch.float32) -> Tuple[np.ndarray
     model.eval()
     probabilities, all_targets = [], []
     try:
-        for images, targets in data_loader:
-            images, targets = to_device(images, targets, device)
-            with autocast(device, dtype):
-                logits = (model(images).float() + model(images.flip(-1)).float()) / 2
-            probabilities.append(logits.softmax(1).cpu())
-            all_targets.append(targets.cpu())
+        with small_maps_as_matmul(model):
+            for images, targets in data_loader:
+                images, targets = to_device(images, targets, device)
+                with autocast(device, dtype):
+                    logits = (model(images).float() + model(images.flip(-1)).float()) / 2
+                probabilities.append(logits.softmax(1).cpu())
+                all_targets.append(targets.cpu())
     finally:
         model.train(was_training)
     return torch.cat(probabilities).numpy(), torch.cat(all_targets).numpy()
@@ -1295,12 +1368,13 @@ def measure_seconds(model, recipe, data_loader, image_size, device, dtype, steps
 
     The first step is not counted: it sets up kernels. Every generator is left as it was.
     """
-    copied = copy.deepcopy(model).to(device, memory_format=torch.channels_last).train()
+    copied = copy.deepcopy(model).to(device, memory_format=memory_format(device)).train()
     optimizer, criterion = make_optimizer(copied, recipe, dtype), nn.CrossEntropyLoss()
     dataset = data_loader.dataset
     old_size, n = dataset.image_size, min(data_loader.sampler.batch_size, len(dataset))
     seconds = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), \
+            small_maps_as_matmul(copied):
         try:
             dataset.set_image_size(image_size)
             for _ in range(steps + 1):
@@ -1321,25 +1395,32 @@ def plan_training(
     Parameters
     ----------
     precision : {"auto", "float32", "bfloat16"}
-        ``auto`` takes bfloat16 where it is at least 1.2 times as fast as float32.
+        ``auto`` takes bfloat16 where it is at least 1.2 times as fast as float32. Where there is
+        no bfloat16, float32 is taken whatever was asked for, and a note says so.
     seconds_left : float
-        For this training. Epochs are cut, down to 1, until the estimate fits; the schedule is
-        then shaped for the epochs that are left.
+        For measuring and training. Epochs are cut, down to 1, until the estimate fits; the
+        schedule is then shaped for the epochs that are left.
     """
+    start = time.perf_counter()
+
     def measure(dtype: torch.dtype, size: int) -> float:
         return measure_seconds(model, recipe, train_loader, size, device, dtype)
 
-    notes = []
-    if precision == "auto" and device.type != "mps":
+    if precision == "auto" and has_bfloat16(device):
         fast, full = measure(torch.bfloat16, image_size), measure(torch.float32, image_size)
         dtype = torch.bfloat16 if full >= 1.2 * fast else torch.float32
-        notes.append(
-            f"Precision: {describe_dtype(dtype)} (a step at {image_size} px takes {1000 * fast:.0f} ms in "
-            f"bfloat16 autocast, {1000 * full:.0f} ms in float32).")
+        step_seconds = {image_size: fast if dtype == torch.bfloat16 else full}
+        reason = (
+            f"a step at {image_size} px takes {1000 * fast:.0f} ms in bfloat16 autocast, "
+            f"{1000 * full:.0f} ms in float32")
     else:
-        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        notes.append(f"Precision: {describe_dtype(dtype)} (PRECISION={precision!r}).")
-    step_seconds = {size: measure(dtype, size) for size in sorted(set(recipe.image_sizes(image_size)))}
+        dtype = torch.bfloat16 if precision == "bfloat16" and has_bfloat16(device) else torch.float32
+        step_seconds = {image_size: measure(dtype, image_size)}
+        reason = f"PRECISION={precision!r}" + (
+            "" if has_bfloat16(device) else f"; this {device.type} device has no bfloat16 autocast")
+    notes = [f"Precision: {describe_dtype(dtype)} ({reason})."]
+    for size in set(recipe.image_sizes(image_size)) - {image_size}:
+        step_seconds[size] = measure(dtype, size)
 
     # An evaluation pass costs about a third of a training step an image, twice for the mirror image.
     val_steps = len(val_loader.dataset) / train_loader.sampler.batch_size
@@ -1348,16 +1429,20 @@ def plan_training(
     def estimate(candidate: Recipe) -> float:
         return sum(len(train_loader) * step_seconds[s] + val_seconds for s in candidate.image_sizes(image_size))
 
+    left = max(0.0, seconds_left - (time.perf_counter() - start))
     fitted = recipe
-    while estimate(fitted) > seconds_left and fitted.epochs > 1:
+    while estimate(fitted) > left and fitted.epochs > 1:
         fitted = replace(fitted, epochs=fitted.epochs - 1)
-    if fitted.epochs < recipe.epochs:
+    if estimate(fitted) > left:
         notes.append(
-            f"Epochs cut from {recipe.epochs} to {fitted.epochs} to fit the {format_duration(seconds_left)} left.")
+            f"Epochs: {fitted.epochs} of {recipe.epochs}, and even that is more than the {format_duration(left)} "
+            "left: the run will overrun its time budget.")
+    elif fitted.epochs < recipe.epochs:
+        notes.append(f"Epochs cut from {recipe.epochs} to {fitted.epochs} to fit the {format_duration(left)} left.")
     else:
         notes.append(f"Epochs: {recipe.epochs}, all of the recipe's.")
     notes.append(f"Estimated training time: {format_duration(estimate(fitted))}.")
-    return Plan(dtype, fitted, estimate(fitted), tuple(notes))
+    return Plan(dtype, fitted, time.perf_counter() - start, tuple(notes))
 
 
 def fit(
@@ -1383,7 +1468,8 @@ def fit(
     seed : int
         Of shuffling and augmentation: the same seed gives another model the same batches.
     seconds_left : float
-        No epoch is begun that would end later than this, if it took as long as the one before.
+        No epoch but the first is begun that would end later than this, going by the one before
+        (and by twice its time where the side of the images doubles).
     on_epoch : callable
         Called with each epoch's line.
 
@@ -1400,18 +1486,20 @@ def fit(
         If it is interrupted before the first epoch is complete.
     """
     seed_everything(seed, [train_loader.generator])
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=memory_format(device))
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     optimizer = make_optimizer(model, recipe, dtype)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=[group["lr"] for group in optimizer.param_groups], total_steps=recipe.epochs * len(train_loader),
         pct_start=recipe.warmup_share, div_factor=10, cycle_momentum=False)
     progress, metrics, best_state, stopped = LiveLine(), [], None, None
+    sizes = recipe.image_sizes(image_size)
     start = epoch_start = time.perf_counter()
     try:
-        for epoch, size in enumerate(recipe.image_sizes(image_size), start=1):
+        for epoch, size in enumerate(sizes, start=1):
             now = time.perf_counter()
-            if metrics and (now - start) + (now - epoch_start) > seconds_left:
+            expected = (now - epoch_start) * size / sizes[max(0, epoch - 2)]
+            if metrics and (now - start) + expected > seconds_left:
                 stopped = f"out of time after epoch {epoch - 1} of {recipe.epochs}"
                 break
             epoch_start = time.perf_counter()
@@ -1599,11 +1687,14 @@ def most_confident_mistakes(probabilities: np.ndarray, targets: np.ndarray, n: i
     return wrong[np.argsort(-confidence, kind="stable")][:n]
 
 
-def largest_confusion(matrix: np.ndarray) -> Tuple[int, int, int]:
-    """The pair of classes mixed up most often, in both directions: (class, other class, count)."""
+def largest_confusion(matrix: np.ndarray) -> Optional[Tuple[int, int, int]]:
+    """The pair of classes mixed up most often, in both directions: (class, other class, count).
+
+    None if the matrix holds no mistake.
+    """
     both = np.triu(matrix + matrix.T, k=1)
     i, j = np.unravel_index(both.argmax(), both.shape)
-    return int(i), int(j), int(both[i, j])
+    return (int(i), int(j), int(both[i, j])) if both.any() else None
 
 
 def analyse(
@@ -1633,41 +1724,44 @@ def analyse(
         )
         if mean_share(control, "silent") == 0:
             mechanism += ". No channel of the control is dead, so there was none for the swap to keep alive"
-    bullets.append(mechanism + f". Negative inputs are where the two differ: {activation} lets a part of them through.")
+    positive = "and leaves positive ones as they are" if activation == "LeakyReLU" else "and bends small positive ones"
+    bullets.append(
+        f"{mechanism}. Of a negative input ReLU passes on neither signal nor gradient; {activation} passes on some of "
+        f"both, {positive}.")
 
     best, last = history.best, history.epochs[-1]
-    gap = best.train_accuracy - best.val_accuracy
-    if gap > 0.05:
+    if best.train_accuracy - best.val_accuracy > 0.05:
         fit_note = "the network has begun to overfit: stronger augmentation or fewer epochs"
     elif best.epoch == last.epoch:
-        fit_note = "the best epoch is the last and there is no overfitting to see: more epochs would still help"
+        fit_note = "the best epoch is the last and there is no overfitting to see: a longer schedule is worth trying"
     else:
         fit_note = "no clear overfitting"
     bullets.append(
         f"**Fit.** In the best epoch ({best.epoch} of {history.planned_epochs}) training accuracy, on augmented "
         f"images, is {best.train_accuracy:.1%} and validation accuracy {best.val_accuracy:.1%}: {fit_note}."
     )
-    a, b, mixed_up = largest_confusion(val_matrix)
-    wrong = int(val_matrix.sum() - np.trace(val_matrix))
-    bullets.append(
-        f"**Errors.** {mixed_up} of the {wrong} validation mistakes are between {class_names[a]} and "
-        f"{class_names[b]}."
-    )
-    steps = "several seeds of the pair, so that the swap's effect can be told from luck"
-    if not pretrained:
-        steps += "; ImageNet weights, which were not to be had in this run; a longer schedule"
+    confusion = largest_confusion(val_matrix)
+    if confusion is None:
+        bullets.append("**Errors.** None on the validation images.")
     else:
-        steps += "; larger images and a longer schedule"
-    bullets.append(f"**Next steps.** {steps[0].upper()}{steps[1:]}.")
+        a, b, mixed_up = confusion
+        wrong = int(val_matrix.sum() - np.trace(val_matrix))
+        bullets.append(
+            f"**Errors.** {mixed_up} of the {wrong} validation mistakes are between {class_names[a]} and "
+            f"{class_names[b]}.")
+    bullets.append(
+        "**Next steps.** Several seeds of the pair, so that the swap's effect can be told from luck; "
+        + ("larger images" if pretrained else "ImageNet weights to start from") + "; a longer schedule.")
     return bullets
 
 
-def executed_in_order(notebook_path, executed: Sequence[str]) -> Optional[bool]:
-    """Whether the cells run so far are the notebook's code cells, each once, in order.
+def executed_in_order(folder, executed: Sequence[str]) -> Optional[bool]:
+    """Whether the cells run so far are those of a saved notebook, from its first on, each once.
 
     Parameters
     ----------
-    notebook_path : str or Path
+    folder : str or Path
+        Where the notebook lies, under whatever name.
     executed : sequence of str
         The sources that the kernel has run: IPython's ``In``. The cell in which papermill
         injects parameters is passed over.
@@ -1675,18 +1769,18 @@ def executed_in_order(notebook_path, executed: Sequence[str]) -> Optional[bool]:
     Returns
     -------
     bool or None
-        None if the file is not there.
+        None if the folder holds no notebook.
     """
     import nbformat
 
-    path = Path(notebook_path)
-    if not path.is_file():
-        return None
-    cells = nbformat.read(str(path), as_version=4).cells
-    sources = [cell.source.strip() for cell in cells if cell.cell_type == "code" and cell.source.strip()]
-    ran = [source.strip() for source in executed if source.strip()]
-    ran = [source for source in ran if not source.startswith("# Parameters\n")]  # papermill's own cell
-    return ran == sources[: len(ran)]
+    def strip(sources):
+        stripped = [source.strip() for source in sources]
+        return [source for source in stripped if source and not source.startswith("# Parameters\n")]
+
+    ran = strip(executed)
+    notebooks = [nbformat.read(str(path), as_version=4) for path in sorted(Path(folder).glob("*.ipynb"))]
+    saved = [strip(cell.source for cell in notebook.cells if cell.cell_type == "code") for notebook in notebooks]
+    return any(ran == sources[: len(ran)] for sources in saved) if saved else None
 
 
 # ======================================================================================
@@ -1766,6 +1860,7 @@ def plot_activations(
             axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
         axis.set_xlabel(label)
         axis.margins(x=0.12)
+        axis.set_xlim(left=0, right=max(axis.get_xlim()[1], 1))  # an axis of its own even if all shares are 0
         axis.set_yticks(rows, labels)
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False)

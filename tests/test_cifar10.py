@@ -9,6 +9,7 @@ import socket
 import tarfile
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -316,6 +317,32 @@ def test_a_full_disk_while_downloading_leaves_nothing_behind(server, data_dir, m
     with pytest.raises(helpers.SourceError, match="No space left on device"):
         helpers.download_archive(server.url + "/good", data_dir / "file", helpers.ARCHIVE_MD5)
     assert contents(data_dir) == []
+
+
+def test_a_good_download_that_cannot_be_unpacked_is_not_fetched_again_nor_replaced_by_the_stand_in(
+        server, data_dir, monkeypatch):
+    def full(source, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(helpers, "extract_archive", full)
+    with pytest.raises(RuntimeError, match="cannot be unpacked in .*No space left on device.*make room"):
+        helpers.load_cifar10(data_dir, True, 1, urls=[server.url + "/good", server.url + "/redirect"])
+    assert server.paths == ["/good"] and contents(data_dir) == [helpers.ARCHIVE_NAME]
+
+
+def test_numpy_warnings_on_the_old_pickles_stay_out_of_the_outputs(archive, data_dir, monkeypatch):
+    class Loud(datasets.CIFAR10):
+        def __init__(self, *args, **kwargs):
+            warnings.warn("dtype(): align should be passed as Python or NumPy boolean")
+            super().__init__(*args, **kwargs)
+
+    shutil.copy(archive, data_dir)
+    load(data_dir)
+    monkeypatch.setattr(helpers.datasets, "CIFAR10", Loud)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        helpers._read_batches(data_dir)
+    assert caught == []
 
 
 def test_the_last_error_lists_every_source_and_why_it_failed(server, data_dir):

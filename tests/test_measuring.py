@@ -127,6 +127,7 @@ def test_the_most_confident_mistakes_come_first():
 
 def test_the_largest_confusion_adds_both_directions():
     assert helpers.largest_confusion(np.array([[9, 3, 0], [1, 9, 2], [0, 3, 9]])) == (1, 2, 5)
+    assert helpers.largest_confusion(np.diag([3, 4, 5])) is None
 
 
 HISTORY = helpers.History(
@@ -135,9 +136,9 @@ INPUTS = [helpers.ActivationInputs("a", 1, 8, 0.5, 0.25), helpers.ActivationInpu
 MATRIX = np.array([[9, 3], [1, 7]])
 
 
-def analyse(history=HISTORY, control=INPUTS, pretrained=False, stand_in=False):
+def analyse(history=HISTORY, control=INPUTS, pretrained=False, stand_in=False, matrix=MATRIX, activation="SiLU"):
     return helpers.analyse(
-        history, MATRIX, ["cat", "dog"], "The conclusion.", INPUTS, control, "SiLU", pretrained, stand_in)
+        history, matrix, ["cat", "dog"], "The conclusion.", INPUTS, control, activation, pretrained, stand_in)
 
 
 def test_the_analysis_is_made_of_the_numbers_of_the_run():
@@ -145,18 +146,21 @@ def test_the_analysis_is_made_of_the_numbers_of_the_run():
     text = "\n".join(bullets)
     assert 2 <= len(bullets) <= 6 and all(b.startswith("**") for b in bullets)
     for part in ("The conclusion.", "60% of the inputs", "12.5%", "2 of 2", "81.0%", "80.0%",
-                 "more epochs would still help", "4 of the 4", "cat and dog", "ImageNet weights"):
+                 "a longer schedule is worth trying", "4 of the 4", "cat and dog", "ImageNet weights"):
         assert part in text, part
     assert "ImageNet" not in "\n".join(analyse(pretrained=True))
     assert "control" not in analyse(control=[])[1]
     alive = [dataclasses.replace(m, silent=0.0) for m in INPUTS]
     assert "none for the swap to keep alive" in analyse(control=alive)[1]
     assert "keep alive" not in analyse()[1] and "keep alive" not in analyse(control=[])[1]
+    assert "SiLU passes on some of both, and bends small positive ones" in text
+    assert "positive ones as they are" in "\n".join(analyse(activation="LeakyReLU"))
+    assert "**Errors.** None on the validation images." in analyse(matrix=np.diag([5, 5]))
     assert len(analyse(stand_in=True)) == 6 and "Stand-in" in analyse(stand_in=True)[0]
 
 
 @pytest.mark.parametrize("train, val_1, val_2, words", [
-    (0.95, 0.80, 0.82, "overfit"), (0.80, 0.82, 0.81, "no clear overfitting"), (0.80, 0.80, 0.81, "would still help")])
+    (0.95, 0.80, 0.82, "overfit"), (0.80, 0.82, 0.81, "no clear overfitting"), (0.80, 0.80, 0.81, "longer schedule is worth trying")])
 def test_the_analysis_judges_the_fit(train, val_1, val_2, words):
     history = helpers.History(
         (helpers.EpochMetrics(1, 0.5, train, 0.5, val_1), helpers.EpochMetrics(2, 0.5, train, 0.5, val_2)), 2, 1.0)
@@ -167,10 +171,11 @@ def test_cells_executed_in_order_are_told_from_others(tmp_path):
     cells = [nbformat.v4.new_code_cell(source) for source in ("a = 1", "", "b = 2", "c = 3")]
     path = tmp_path / "n.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("text"), *cells]), path)
-    assert helpers.executed_in_order(path, ["", "a = 1\n", "b = 2"]) is True
-    assert helpers.executed_in_order(path, ["", "b = 2", "a = 1"]) is False
-    assert helpers.executed_in_order(path, ["", "a = 1", "a = 1", "b = 2"]) is False
-    assert helpers.executed_in_order(tmp_path / "none.ipynb", ["a = 1"]) is None
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x")]), tmp_path / "another.ipynb")
+    assert helpers.executed_in_order(tmp_path, ["", "a = 1\n", "# Parameters\na = 2", "b = 2"]) is True
+    assert helpers.executed_in_order(tmp_path, ["", "b = 2", "a = 1"]) is False
+    assert helpers.executed_in_order(tmp_path, ["", "a = 1", "a = 1", "b = 2"]) is False
+    assert helpers.executed_in_order(tmp_path / "none", ["a = 1"]) is None
 
 
 # --- pictures --------------------------------------------------------------------------------
@@ -213,4 +218,7 @@ def test_the_activation_figure_holds_both_quantities(control):
     assert [bar.get_width() for bar in left.patches] == pytest.approx([50, 70] * networks)
     assert [bar.get_width() for bar in right.patches] == pytest.approx([25, 0] * networks)
     assert [t.get_text() for t in left.get_yticklabels()] == ["a, call 1", "a, call 2"]
+    none_silent = [dataclasses.replace(m, silent=0.0) for m in INPUTS]
+    low, high = helpers.plot_activations(none_silent, control, "SiLU", "Title").axes[1].get_xlim()
+    assert low == 0 and high >= 1
     plt.close("all")

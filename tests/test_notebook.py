@@ -125,7 +125,7 @@ def test_two_headless_runs_in_two_places_are_equal_but_for_times(executed):
     assert one == another
 
 
-def test_a_cell_run_twice_in_a_row_gives_the_same_output_or_a_clear_sentence(tmp_path):
+def test_a_cell_run_again_gives_the_same_output(tmp_path):
     write_image_tree(tmp_path / "data", n_train=20, n_test=6)
     for path in (NOTEBOOK, ROOT / "helpers.py"):
         shutil.copy(path, tmp_path)
@@ -133,20 +133,53 @@ def test_a_cell_run_twice_in_a_row_gives_the_same_output_or_a_clear_sentence(tmp
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     code[0].source += "\n" + "\n".join(
         f"{name} = {value!r}" for name, value in {**SMALL, "EPOCHS": 1, "PRETRAINED": False}.items())
-    # Every cell twice in a row; surgery and head must say that there is nothing left to do.
+    # Every cell twice in a row, and then, from the surgery on, all once more.
+    surgery = next(i for i, cell in enumerate(code) if "replace_relu" in cell.source)
     twice = [nbformat.v4.new_code_cell(cell.source) for cell in code for _ in range(2)]
-    notebook.cells = twice
-    NotebookClient(
-        notebook, timeout=600, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    for first, second in zip(twice[::2], twice[1::2]):
-        assert not [o for o in first.outputs if o.output_type == "error"]
-        errors = [o for o in second.outputs if o.output_type == "error"]
-        if errors:
-            sentences = ("but the model has 6 nn.ReLU", "model.fc has 3 outputs already")
-            assert any(sentence in errors[0].evalue for sentence in sentences), errors[0].evalue
-        elif "checklist" not in first.source:  # which notices that cells ran twice
+    again = [nbformat.v4.new_code_cell(cell.source) for cell in code[surgery:]]
+    notebook.cells = twice + again
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    runs = zip(twice[::2] + twice[2 * surgery::2], twice[1::2] + again)
+    for first, second in runs:
+        if "checklist" not in first.source:  # which notices that cells ran twice
             assert without_times(nbformat.v4.new_notebook(cells=[first])) == without_times(
                 nbformat.v4.new_notebook(cells=[second])), first.source
+
+
+def test_an_interrupted_training_still_reports_and_is_marked_as_partial(tmp_path):
+    write_image_tree(tmp_path / "data", n_train=30, n_test=10)
+    for path in (NOTEBOOK, ROOT / "helpers.py"):
+        shutil.copy(path, tmp_path)
+    interrupting = """
+import helpers
+plain_evaluate, epochs_seen = helpers.evaluate, []
+
+def evaluate(*args):
+    epochs_seen.append(1)
+    if len(epochs_seen) == INTERRUPTED_EPOCH:
+        raise KeyboardInterrupt
+    return plain_evaluate(*args)
+
+helpers.evaluate = evaluate
+"""
+    texts = {}
+    for epoch in (2, 3, 4):  # of two epochs each: in the training, then in the control
+        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        code[0].source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in SMALL.items())
+        code[0].source += f"\nINTERRUPTED_EPOCH = {epoch}\n" + interrupting
+        NotebookClient(
+            notebook, timeout=600, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        errors = [o.ename for cell in code for o in cell.outputs if o.output_type == "error"]
+        assert errors == (["KeyboardInterrupt"] if epoch == 3 else [])
+        texts[epoch] = printed(notebook)
+    assert "PARTIAL RUN: interrupted in epoch 2 of 2" in texts[2]
+    assert "Control not run: the swapped network's training is partial" in texts[2]
+    assert "No comparison: the control was not run, since its training was interrupted." in texts[3]
+    assert "[CONTROL PARTIAL: interrupted in epoch 2 of 2]" in texts[4]
+    for text in texts.values():
+        assert "Test Acc: " in text and "Total runtime: " in text
+        assert "[ ] Analysis tied to a complete control run" in text
 
 
 def test_a_bad_parameter_stops_at_the_second_cell(tmp_path):

@@ -136,13 +136,20 @@ def test_newton_schulz_steps_bring_singular_values_near_one_and_keep_the_directi
     singular = (u.T @ result @ v.T).diagonal()
     assert ((singular > 0.3) & (singular < 1.3)).all()
     assert torch.allclose(u.T @ result @ v.T, torch.diag(singular), atol=1e-3)
-    close = helpers.orthogonalise(matrix, torch.bfloat16, steps=5)
-    assert close.dtype == torch.float32 and (close - result).norm() < 0.1 * result.norm()
+    result, close = (helpers.orthogonalise(matrix, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert close.dtype == torch.bfloat16 and (close.float() - result).norm() < 0.1 * result.norm()
 
 
-def test_a_muon_step_is_momentum_made_orthogonal_and_the_rest_is_adamw():
+def test_a_newton_schulz_step_is_the_quintic_of_the_singular_values():
+    matrix = torch.diag(torch.tensor([0.8, 0.6]))  # of norm 1
+    expected = [3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5 for s in (0.8, 0.6)]
+    assert torch.allclose(helpers.orthogonalise(matrix, torch.float32, steps=1).diagonal(), torch.tensor(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_muon_step_is_momentum_made_orthogonal_and_the_rest_is_adamw(layout):
     torch.manual_seed(0)
-    conv, linear = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 2)
+    conv, linear = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=layout), nn.Linear(4, 2)
     model = nn.ModuleDict({"conv": conv, "fc": linear})
     twin = copy.deepcopy(linear)
     recipe = dataclasses.replace(RECIPE, lr=0.1, adamw_lr=0.01, weight_decay=0.5)
@@ -153,7 +160,7 @@ def test_a_muon_step_is_momentum_made_orthogonal_and_the_rest_is_adamw():
     for _ in range(2):
         expected = conv.weight.detach().clone()
         gradient = torch.randn(4, 27)
-        conv.weight.grad = gradient.view(4, 3, 3, 3).clone()
+        conv.weight.grad = gradient.view(4, 3, 3, 3).clone(memory_format=layout)
         for a, b in zip(linear.parameters(), twin.parameters()):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
@@ -163,6 +170,47 @@ def test_a_muon_step_is_momentum_made_orthogonal_and_the_rest_is_adamw():
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * math.sqrt(27) * update
         assert torch.allclose(conv.weight, expected, atol=1e-6)
         assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(linear.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("size, kernel, stride, padding", [
+    (1, 3, 1, 1), (2, 3, 1, 1), (3, 3, 1, 1), (4, 3, 2, 1), (5, 3, 2, 0), (4, 1, 2, 0), (6, (3, 2), (3, 2), (1, 0)), (4, 3, 1, 1)])
+def test_a_small_map_as_matrix_product_is_the_same_convolution(size, kernel, stride, padding):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, kernel, stride, padding)).to(memory_format=torch.channels_last)
+    conv, products = model[0], []
+    x = torch.randn(5, 4, size, size, requires_grad=True)
+
+    def run():
+        output = model(x)
+        return (output, *torch.autograd.grad(output.square().sum(), (x, conv.weight, conv.bias)))
+
+    plain = run()
+    with helpers.small_maps_as_matmul(model):
+        linear = F.linear
+        try:
+            F.linear = lambda *args: products.append(1) or linear(*args)
+            fast = run()
+        finally:
+            F.linear = linear
+    assert bool(products) == (plain[0][0, 0].numel() <= 9)
+    for a, b in zip(plain, fast):
+        assert a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
+
+
+def test_small_maps_as_matmul_leaves_the_model_as_it_was_and_other_convolutions_alone():
+    class Own(nn.Conv2d):
+        pass
+
+    model = nn.ModuleList([
+        nn.Conv2d(4, 4, 3), Own(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2),
+        nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")])
+    kinds = [type(m) for m in model]
+    with pytest.raises(KeyboardInterrupt):
+        with helpers.small_maps_as_matmul(model):
+            assert [type(m) is kind for m, kind in zip(model, kinds)] == [False] + 5 * [True]
+            assert isinstance(model[0], nn.Conv2d)
+            raise KeyboardInterrupt
+    assert [type(m) for m in model] == kinds
 
 
 def test_an_epoch_reports_means_over_images_and_steps_the_schedule_with_every_batch(tiny_net, labelled_images):
@@ -270,6 +318,20 @@ def test_training_stops_before_it_runs_out_of_time(tiny_net, loaders):
     assert len(history.epochs) == 1 and history.stopped == "out of time after epoch 1 of 4"
 
 
+def test_an_epoch_on_larger_images_is_expected_to_take_longer(tiny_net, loaders, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(helpers.time, "perf_counter", lambda: clock[0])
+
+    def epoch_of_10_seconds(*args):
+        clock[0] += 10
+        return 1.0, 0.5
+
+    monkeypatch.setattr(helpers, "train_one_epoch", epoch_of_10_seconds)
+    recipe = dataclasses.replace(RECIPE, small_share=0.5)
+    epochs = {left: len(fit(tiny_net, loaders, recipe, image_size=64, seconds_left=left)[0].epochs) for left in (19, 20, 39, 40)}
+    assert epochs == {19: 1, 20: 2, 39: 2, 40: 4}
+
+
 def test_prediction_averages_each_image_with_its_mirror_image(tiny_net, loaders):
     tiny_net.train()
     tiny_net.features[1].running_mean += 0.3
@@ -307,6 +369,23 @@ def test_bfloat16_runs_and_float32_is_left_alone(tiny_net, loaders):
 def test_batches_go_to_the_device_in_channels_last(loaders):
     images, targets = helpers.to_device(*next(iter(loaders[1])), CPU)
     assert images.is_contiguous(memory_format=torch.channels_last) and targets.shape == (18,)
+    assert helpers.memory_format(torch.device("cuda")) == torch.channels_last
+    assert helpers.memory_format(torch.device("mps")) == torch.contiguous_format
+
+
+@pytest.mark.parametrize("kind, supported, expected", [
+    ("cpu", False, True), ("cuda", True, True), ("cuda", False, False), ("mps", True, False)])
+def test_bfloat16_is_there_on_cpus_and_newer_cuda_cards(monkeypatch, kind, supported, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+    assert helpers.has_bfloat16(torch.device(kind)) is expected
+
+
+@pytest.mark.parametrize("precision", ["auto", "bfloat16", "float32"])
+def test_without_bfloat16_the_plan_takes_float32_and_says_so(tiny_net, loaders, monkeypatch, precision):
+    monkeypatch.setattr(helpers, "has_bfloat16", lambda device: False)
+    chosen = plan(tiny_net, loaders, precision=precision)
+    assert chosen.dtype == torch.float32
+    assert chosen.notes[0] == f"Precision: float32 (PRECISION={precision!r}; this cpu device has no bfloat16 autocast)."
 
 
 def plan(model, loaders, seconds_left=math.inf, precision="auto", recipe=RECIPE):
@@ -344,16 +423,33 @@ def test_a_precision_that_was_asked_for_is_taken(tiny_net, loaders, precision):
 def test_the_epochs_are_cut_until_they_fit_and_the_cut_is_said(tiny_net, loaders, monkeypatch):
     monkeypatch.setattr(helpers, "measure_seconds", lambda *args: 1.0)
     per_epoch = 3 + 18 / 24 * 2 / 3  # 3 steps, and 18 validation images in batches of 24
-    whole = plan(tiny_net, loaders, seconds_left=4 * per_epoch + 0.01)
-    assert whole.recipe == RECIPE and whole.seconds == pytest.approx(4 * per_epoch)
-    assert "Epochs: 4, all of the recipe's." in whole.notes
+    whole = plan(tiny_net, loaders, seconds_left=4 * per_epoch + 0.1)
+    assert whole.recipe == RECIPE and 0 < whole.seconds < 0.1
+    assert whole.notes[1:] == ("Epochs: 4, all of the recipe's.", "Estimated training time: 0 min 14 s.")
     cut = plan(tiny_net, loaders, seconds_left=4 * per_epoch - 0.01)
-    assert cut.recipe.epochs == 3 and any("cut from 4 to 3" in note for note in cut.notes)
-    assert plan(tiny_net, loaders, seconds_left=0).recipe.epochs == 1
+    assert cut.recipe.epochs == 3 and cut.notes[1] == "Epochs cut from 4 to 3 to fit the 0 min 14 s left."
+    for left in (1, -5):
+        late = plan(tiny_net, loaders, seconds_left=left)
+        assert late.recipe.epochs == 1
+        assert late.notes[1].startswith(f"Epochs: 1 of 4, and even that is more than the 0 min {max(left, 0):02d} s left")
+
+
+def test_the_time_that_measuring_took_is_not_planned_twice(tiny_net, loaders, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(helpers.time, "perf_counter", lambda: clock[0])
+
+    def measure(*args):
+        clock[0] += 100
+        return 1.0
+
+    monkeypatch.setattr(helpers, "measure_seconds", measure)
+    chosen = plan(tiny_net, loaders, seconds_left=200 + 2 * 3.5 + 0.1)  # both precisions are measured
+    assert chosen.seconds == 200 and chosen.recipe.epochs == 2
 
 
 def test_smaller_images_are_planned_as_cheaper(tiny_net, loaders, monkeypatch):
     monkeypatch.setattr(helpers, "measure_seconds", lambda m, r, l, size, *rest: 1.0 if size == 64 else 0.25)
     recipe = dataclasses.replace(RECIPE, small_share=0.5)
     chosen = helpers.plan_training(tiny_net, recipe, *loaders, 64, CPU, "float32", math.inf)
-    assert chosen.seconds == pytest.approx(2 * 3 * 1.0 + 2 * 3 * 0.25 + 4 * 18 / 24 * 2 / 3)
+    seconds = 2 * 3 * 1.0 + 2 * 3 * 0.25 + 4 * 18 / 24 * 2 / 3
+    assert seconds == 9.5 and chosen.notes[-1] == "Estimated training time: 0 min 10 s."
