@@ -75,7 +75,7 @@ def train_ours(train, test, seed, recipe, image_size, batch_size, dtype, swap=Tr
     return history, probabilities.argmax(1) == targets
 
 
-# --- the two public recipes, as their authors wrote them: PIL transforms, DataLoader, float32 ------
+# --- two public recipes, with the same swap and initialisation: PIL transforms, DataLoader, float32 ---
 
 
 class PILImages(torch.utils.data.Dataset):
@@ -267,6 +267,8 @@ def main():
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own number")
     parser.add_argument("--precision", default="bfloat16", choices=["float32", "bfloat16"])
     args = parser.parse_args()
+    if args.pretrained and not args.seeds:
+        parser.error("--pretrained needs --seeds N")
 
     helpers.seed_everything(1337)
     dtype = getattr(torch, args.precision)

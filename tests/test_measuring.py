@@ -145,8 +145,8 @@ def test_the_analysis_is_made_of_the_numbers_of_the_run():
     bullets = analyse()
     text = "\n".join(bullets)
     assert 2 <= len(bullets) <= 6 and all(b.startswith("**") for b in bullets)
-    for part in ("The conclusion.", "60% of the inputs", "12.5%", "2 of 2", "81.0%", "80.0%",
-                 "a longer schedule is worth trying", "4 of the 4", "cat and dog", "ImageNet weights"):
+    for part in ("The conclusion.", "60% of the inputs", "12.5%", "In epoch 2, the last", "81.0%", "80.0%",
+                 "; a longer schedule.", "4 of the 4", "cat and dog", "ImageNet weights"):
         assert part in text, part
     assert "ImageNet" not in "\n".join(analyse(pretrained=True))
     assert "control" not in analyse(control=[])[1]
@@ -159,12 +159,14 @@ def test_the_analysis_is_made_of_the_numbers_of_the_run():
     assert len(analyse(stand_in=True)) == 6 and "Stand-in" in analyse(stand_in=True)[0]
 
 
-@pytest.mark.parametrize("train, val_1, val_2, words", [
-    (0.95, 0.80, 0.82, "overfit"), (0.80, 0.82, 0.81, "no clear overfitting"), (0.80, 0.80, 0.81, "longer schedule is worth trying")])
-def test_the_analysis_judges_the_fit(train, val_1, val_2, words):
+@pytest.mark.parametrize("train_1, train_2, words, advice", [
+    (0.80, 0.87, "has begun to overfit", "stronger augmentation"), (0.87, 0.85, "no clear overfitting", "a longer schedule")])
+def test_the_analysis_judges_the_fit_by_the_last_epoch(train_1, train_2, words, advice):
     history = helpers.History(
-        (helpers.EpochMetrics(1, 0.5, train, 0.5, val_1), helpers.EpochMetrics(2, 0.5, train, 0.5, val_2)), 2, 1.0)
-    assert words in "\n".join(analyse(history))
+        (helpers.EpochMetrics(1, 0.5, train_1, 0.5, 0.82), helpers.EpochMetrics(2, 0.5, train_2, 0.5, 0.81)), 2, 1.0)
+    text = "\n".join(analyse(history))
+    assert words in text and advice in text and "82.0%, in epoch 1" in text
+    assert ("overfit." in text) != ("a longer schedule" in text)
 
 
 def test_cells_executed_in_order_are_told_from_others(tmp_path):
@@ -176,6 +178,8 @@ def test_cells_executed_in_order_are_told_from_others(tmp_path):
     assert helpers.executed_in_order(tmp_path, ["", "b = 2", "a = 1"]) is False
     assert helpers.executed_in_order(tmp_path, ["", "a = 1", "a = 1", "b = 2"]) is False
     assert helpers.executed_in_order(tmp_path / "none", ["a = 1"]) is None
+    (tmp_path / "damaged.ipynb").write_text("{")
+    assert helpers.executed_in_order(tmp_path, ["a = 1"]) is True
 
 
 # --- pictures --------------------------------------------------------------------------------

@@ -213,6 +213,28 @@ def test_small_maps_as_matmul_leaves_the_model_as_it_was_and_other_convolutions_
     assert [type(m) for m in model] == kinds
 
 
+def test_the_optimiser_takes_a_closure_and_its_state_can_be_saved_and_loaded(tiny_net, loaders):
+    images, targets = next(iter(loaders[0]))
+    optimizer = helpers.make_optimizer(tiny_net, RECIPE)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(tiny_net(images), targets)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(5)]
+    assert losses[-1] < losses[0]
+    twin = copy.deepcopy(tiny_net)
+    resumed = helpers.make_optimizer(twin, RECIPE)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for model, opt in ((tiny_net, optimizer), (twin, resumed)):
+        opt.zero_grad()
+        F.cross_entropy(model(images), targets).backward()
+        opt.step()
+    assert torch.equal(weights_of(tiny_net), weights_of(twin))
+
+
 def test_an_epoch_reports_means_over_images_and_steps_the_schedule_with_every_batch(tiny_net, labelled_images):
     images, labels = labelled_images
     loader = helpers.make_loader(images[:70], labels[:70], helpers.train_transform, 32, 24, seed=1)
@@ -376,7 +398,7 @@ def test_batches_go_to_the_device_in_channels_last(loaders):
 @pytest.mark.parametrize("kind, supported, expected", [
     ("cpu", False, True), ("cuda", True, True), ("cuda", False, False), ("mps", True, False)])
 def test_bfloat16_is_there_on_cpus_and_newer_cuda_cards(monkeypatch, kind, supported, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if supported else (7, 5))
     assert helpers.has_bfloat16(torch.device(kind)) is expected
 
 
@@ -423,13 +445,14 @@ def test_a_precision_that_was_asked_for_is_taken(tiny_net, loaders, precision):
 def test_the_epochs_are_cut_until_they_fit_and_the_cut_is_said(tiny_net, loaders, monkeypatch):
     monkeypatch.setattr(helpers, "measure_seconds", lambda *args: 1.0)
     per_epoch = 3 + 18 / 24 * 2 / 3  # 3 steps, and 18 validation images in batches of 24
-    whole = plan(tiny_net, loaders, seconds_left=4 * per_epoch + 0.1)
+    report = 3 / 2  # half the steps of an epoch
+    whole = plan(tiny_net, loaders, seconds_left=4 * per_epoch / 0.9 + report + 0.1)
     assert whole.recipe == RECIPE and 0 < whole.seconds < 0.1
     assert whole.notes[1:] == ("Epochs: 4, all of the recipe's.", "Estimated training time: 0 min 14 s.")
-    cut = plan(tiny_net, loaders, seconds_left=4 * per_epoch - 0.01)
+    cut = plan(tiny_net, loaders, seconds_left=4 * per_epoch / 0.9 + report - 0.01)
     assert cut.recipe.epochs == 3 and cut.notes[1] == "Epochs cut from 4 to 3 to fit the 0 min 14 s left."
     for left in (1, -5):
-        late = plan(tiny_net, loaders, seconds_left=left)
+        late = plan(tiny_net, loaders, seconds_left=left / 0.9 + report + 0.01)
         assert late.recipe.epochs == 1
         assert late.notes[1].startswith(f"Epochs: 1 of 4, and even that is more than the 0 min {max(left, 0):02d} s left")
 
@@ -443,8 +466,21 @@ def test_the_time_that_measuring_took_is_not_planned_twice(tiny_net, loaders, mo
         return 1.0
 
     monkeypatch.setattr(helpers, "measure_seconds", measure)
-    chosen = plan(tiny_net, loaders, seconds_left=200 + 2 * 3.5 + 0.1)  # both precisions are measured
+    chosen = plan(tiny_net, loaders, seconds_left=200 + 2 * 3.5 / 0.9 + 1.5 + 0.1)  # both precisions are measured
     assert chosen.seconds == 200 and chosen.recipe.epochs == 2
+
+
+def test_slow_steps_are_measured_fewer_times(tiny_net, loaders, monkeypatch):
+    clock, steps = [0.0], []
+    monkeypatch.setattr(helpers.time, "perf_counter", lambda: clock[0])
+
+    def slow(*args):
+        steps.append(1)
+        clock[0] += 6
+
+    monkeypatch.setattr(helpers, "train_step", slow)
+    assert helpers.measure_seconds(tiny_net, RECIPE, loaders[0], 32, CPU, torch.float32) == 6
+    assert len(steps) == 2
 
 
 def test_smaller_images_are_planned_as_cheaper(tiny_net, loaders, monkeypatch):
