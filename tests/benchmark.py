@@ -59,8 +59,21 @@ def swapped_network(seed, pretrained=False, swap=True):
     return model
 
 
+@torch.inference_mode()
+def which_are_right(model, batches, dtype):
+    """Which images a model gets right, by plain logits and averaged with the mirror image's: two bool arrays."""
+    model.eval()
+    plain, mirrored = [], []
+    for images, targets in batches:
+        with helpers.autocast(DEVICE, dtype):
+            a, b = model(images).float(), model(images.flip(-1)).float()
+        plain.append(a.argmax(1) == targets)
+        mirrored.append((a + b).argmax(1) == targets)
+    return torch.cat(plain).numpy(), torch.cat(mirrored).numpy()
+
+
 def train_ours(train, test, seed, recipe, image_size, batch_size, dtype, swap=True, pretrained=False):
-    """One training as in the notebook. Returns (history, which test images are right)."""
+    """One training as in the notebook. Returns (history, which test images are right: plain, mirror-averaged)."""
     fitting, validating = split(train, seed)
     train_loader = helpers.make_loader(*fitting, helpers.train_transform, image_size, batch_size, seed)
     val_loader = helpers.make_loader(*validating, helpers.eval_transform, image_size, batch_size, seed)
@@ -71,8 +84,7 @@ def train_ours(train, test, seed, recipe, image_size, batch_size, dtype, swap=Tr
     history = helpers.fit(
         model, recipe, train_loader, val_loader, image_size, DEVICE, dtype, seed,
         on_epoch=lambda line: print("   ", line, file=sys.stderr))
-    probabilities, targets = helpers.predict(model, test_loader, DEVICE, dtype)
-    return history, probabilities.argmax(1) == targets
+    return history, *which_are_right(model, test_loader, dtype)
 
 
 # --- two public recipes, with the same swap and initialisation: PIL transforms, DataLoader, float32 ---
@@ -108,10 +120,10 @@ def lightning_recipe(steps_per_epoch, epochs):
 
 
 def train_peer(name, train, test, seconds):
-    """Train a public recipe for the given wall time; last weights, plain test.
+    """Train a public recipe for the given wall time, without validation; the last weights are tested.
 
     The one-cycle schedule is shaped for the epochs that fit. The public solution's steps stay where they are;
-    ``after_10`` is its (seconds, accuracy) after the 10 epochs that its author trained, if it got so far.
+    ``after_10`` is its (seconds, accuracies) after the 10 epochs that its author trained, if it got so far.
     """
     normalise = [transforms.ToTensor(), transforms.Normalize(helpers.MEAN, helpers.STD)]
     augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
@@ -135,15 +147,13 @@ def train_peer(name, train, test, seconds):
     [step(*state, *next(batches)) for _ in range(3)]
     start = time.perf_counter()
     [step(*state, *next(batches)) for _ in range(8)]
-    epochs = max(1, int(seconds / ((time.perf_counter() - start) / 8 * len(loader))))
+    epochs = max(1, round(seconds / ((time.perf_counter() - start) / 8 * len(loader))))
     torch.manual_seed(1337)
     state = make()
     model = state[0]
 
-    def accuracy():
-        model.eval()
-        with torch.inference_mode():
-            return torch.cat([model(x).argmax(1) == y for x, y in test_loader]).float().mean().item()
+    def accuracies():
+        return [right.mean() for right in which_are_right(model, test_loader, torch.float32)]
 
     seen, taken, after_10 = 0, 0.0, None
     for epoch in range(1, epochs + 1):
@@ -158,9 +168,8 @@ def train_peer(name, train, test, seconds):
         if taken > 1.1 * seconds:
             break
         if epoch == 10 and name == "public":
-            after_10 = (taken, accuracy())
-    return dict(seconds=taken, epochs=seen / (len(loader) * 64), images_per_second=seen / taken,
-                accuracy=accuracy(), after_10=after_10)
+            after_10 = (taken, accuracies())
+    return dict(seconds=taken, epochs=seen / (len(loader) * 64), accuracies=accuracies(), after_10=after_10)
 
 
 # --- speed -----------------------------------------------------------------------------------------
@@ -243,7 +252,7 @@ def mean_and_deviation(values):
 def compare_seeds(train, test, n_seeds, recipe, image_size, batch_size, dtype, pretrained):
     rows = []
     for seed in range(1337, 1337 + n_seeds):
-        (h, a), (_, b) = (
+        (h, _, a), (_, _, b) = (
             train_ours(train, test, seed, recipe, image_size, batch_size, dtype, swap, pretrained)
             for swap in (True, False))
         rows.append((a.mean(), b.mean(), h.seconds))
@@ -286,19 +295,21 @@ def main():
         compare_seeds(train, test, args.seeds, recipe, args.image_size, args.batch_size, dtype, args.pretrained)
         return
 
-    history, correct = train_ours(train, test, 1337, recipe, args.image_size, args.batch_size, dtype)
-    n = len(history.epochs) * (int(0.9 * len(train[1])) // args.batch_size) * args.batch_size
-    print("| recipe | epochs | s an epoch | images/s | training | test accuracy |\n| --- | --- | --- | --- | --- | --- |")
-    print(f"| this one | {len(history.epochs)} | {history.seconds / len(history.epochs):.1f} | {n / history.seconds:.0f} "
-          f"| {history.seconds / 60:.1f} min | {correct.mean():.1%} |", flush=True)
+    def row(label, epochs, seconds, accuracies):
+        images = epochs * (int(0.9 * len(train[1])) // args.batch_size) * args.batch_size
+        plain, mirrored = accuracies
+        print(f"| {label} | {epochs:.1f} | {seconds / epochs:.1f} | {images / seconds:.0f} | {seconds / 60:.1f} min "
+              f"| {plain:.1%} | {mirrored:.1%} |", flush=True)
+
+    print("| recipe | epochs | s an epoch | images/s | training | test, plain | test, mirror-averaged |\n"
+          "| --- | --- | --- | --- | --- | --- | --- |")
+    history, *right = train_ours(train, test, 1337, recipe, args.image_size, args.batch_size, dtype)
+    row("this one (with validation)", len(history.epochs), history.seconds, [r.mean() for r in right])
     for name, label in (("public", "public solution"), ("lightning", "Lightning tutorial")):
-        r = train_peer(name, train, test, history.seconds)
-        if r["after_10"]:
-            seconds, accuracy = r["after_10"]
-            print(f"| {label}, its own 10 epochs | 10 | {seconds / 10:.1f} | {r['images_per_second']:.0f} "
-                  f"| {seconds / 60:.1f} min | {accuracy:.1%} |")
-        print(f"| {label}, same wall time | {r['epochs']:.1f} | {r['seconds'] / r['epochs']:.1f} | {r['images_per_second']:.0f} "
-              f"| {r['seconds'] / 60:.1f} min | {r['accuracy']:.1%} |", flush=True)
+        result = train_peer(name, train, test, history.seconds)
+        if result["after_10"]:
+            row(f"{label}, its own 10 epochs", 10, *result["after_10"])
+        row(f"{label}, same wall time", result["epochs"], result["seconds"], result["accuracies"])
 
     print("\n| image side | images/s | of the bare loop | of the bare loop, plain convolutions | loading share |\n"
           "| --- | --- | --- | --- | --- |")
