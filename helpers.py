@@ -137,7 +137,7 @@ def check_parameters(values: Dict[str, object]) -> None:
 
 
 def seed_everything(seed: int, generators: Sequence[torch.Generator] = ()) -> None:
-    """Seed every source of randomness and ask for deterministic algorithms.
+    """Seed every source of randomness and ask for deterministic algorithms, for the whole process.
 
     Parameters
     ----------
@@ -191,19 +191,28 @@ def determinism_summary(seed: int) -> str:
 def nondeterminism_left(device: torch.device) -> List[str]:
     """What still can change the numbers of a run, one sentence each."""
     left = [
-        f"Sums are split over {torch.get_num_threads()} CPU threads: another thread count, "
+        f"Sums are split over the CPU threads (here {torch.get_num_threads()}): another number of threads, "
         "processor or PyTorch version rounds differently and drifts apart over the epochs.",
-        "The precision (PRECISION='auto'), the number of epochs and whether the control runs follow "
-        "measured speed: on a slower or faster machine, or near a threshold, they can come out differently.",
+        "Measured speed picks the precision where PRECISION is 'auto', and cuts epochs or leaves out the control "
+        "where they do not fit the time budget: another machine can come to other choices.",
     ]
     if device.type != "cpu":
         left.append(f"Some {device.type} kernels have no deterministic form.")
     return left
 
 
-def file_sha256(path) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+# Of this file as it was imported: a later edit of the file cannot be mistaken for the code that ran.
+SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def cells_sha256(sources: Sequence[str]) -> str:
+    """The SHA-256 of the notebook cells that ran, up to the last one, as 64 hexadecimal digits.
+
+    Empty cells do not count, and a cell that ran more than once counts at its first run.
+    """
+    distinct = list(dict.fromkeys(source.strip() for source in sources if source.strip()))
+    up_to_last = distinct[: distinct.index(sources[-1].strip()) + 1]
+    return hashlib.sha256("\n\n".join(up_to_last).encode()).hexdigest()
 
 
 def format_duration(seconds: float) -> str:
@@ -281,7 +290,7 @@ def build_model(name: str, seed: int) -> nn.Module:
     """A torchvision ResNet with a 1000-way head, randomly initialised from ``seed``.
 
     Each residual branch starts at zero, so that the network starts shallow (Goyal et al. 2017,
-    https://arxiv.org/abs/1706.02677, section 5.1).
+    https://arxiv.org/abs/1706.02677, section 5.1). torch's global CPU generator is left as it was.
 
     Raises
     ------
@@ -290,8 +299,9 @@ def build_model(name: str, seed: int) -> nn.Module:
     """
     if name not in MODELS:
         raise ValueError(f"model name is {name!r}: it must be one of {list(MODELS)}.")
-    torch.manual_seed(seed)
-    return models.get_model(name, weights=None, zero_init_residual=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.get_model(name, weights=None, zero_init_residual=True)
 
 
 def load_imagenet_weights(model: nn.Module, name: str, timeout: float = 15.0) -> Optional[str]:
@@ -387,9 +397,10 @@ def replace_relu(
         Any module tree. An occurrence is a position in the tree (see :func:`find_modules`), so
         a shared nn.ReLU counts at each of its places and each place gets its own new module.
     make_activation : callable
-        Makes one new activation module a call, e.g. ``nn.SiLU``. Each is put on the CPU or
-        device as made (activations without parameters have none) and takes over the train/eval
-        mode of the module it replaces. Hooks on a replaced module go with it.
+        Makes one new activation module a call, e.g. ``nn.SiLU``, always of the same class, and
+        without an nn.ReLU in it. Each stays on the device it was made on (activations without
+        parameters have none) and takes over the train/eval mode of the module it replaces.
+        Hooks on a replaced module go with it.
     first_replaced : int
         1-based occurrence; this one and all later ones are replaced.
 
@@ -401,8 +412,9 @@ def replace_relu(
     ------
     ValueError
         If the model is itself an nn.ReLU, if ``first_replaced`` is below 1 or above the number
-        of occurrences, or if a container registered twice holds a ReLU that would have to be
-        both kept and replaced. The model is then unchanged.
+        of occurrences, if a container registered twice holds a ReLU that would have to be both
+        kept and replaced, or if ``make_activation`` makes something else than it should. The
+        model is then unchanged.
     RuntimeError
         If the recount after the replacement does not come out as intended.
     """
@@ -426,6 +438,12 @@ def replace_relu(
 
     new_modules = [make_activation() for _ in replaced]  # all made before the first is set
     kind = type(new_modules[0])
+    if len({id(m) for m in new_modules}) < len(new_modules) or any(
+            type(m) is not kind or not isinstance(m, nn.Module) or isinstance(m, nn.ReLU) or find_modules(m, nn.ReLU)
+            for m in new_modules):
+        raise ValueError(
+            f"make_activation made {sorted({type(m).__name__ for m in new_modules})}: it must make a new module of one "
+            "class at each call, without an nn.ReLU in it; nothing was replaced.")
     inserted_before = len(find_modules(model, kind))
     for position, new_module in zip(replaced, new_modules):
         new_module.train(position.module.training)
@@ -433,7 +451,7 @@ def replace_relu(
 
     remaining = len(find_modules(model, nn.ReLU))
     inserted = len(find_modules(model, kind)) - inserted_before
-    if not issubclass(kind, nn.ReLU) and (remaining, inserted) != (len(kept), len(replaced)):
+    if (remaining, inserted) != (len(kept), len(replaced)):
         raise RuntimeError(
             f"after the replacement {remaining} nn.ReLU remain and {inserted} {kind.__name__} were "
             f"inserted, instead of {len(kept)} and {len(replaced)}."
@@ -453,7 +471,7 @@ def replace_head(model: nn.Module, n_classes: int, seed: int) -> HeadReport:
     """Replace ``model.fc`` by a linear layer with ``n_classes`` outputs, in place.
 
     The new layer has the old one's device, dtype and train/eval mode, and is initialised from
-    ``seed``.
+    ``seed``; torch's global CPU generator is left as it was.
 
     Raises
     ------
@@ -468,8 +486,9 @@ def replace_head(model: nn.Module, n_classes: int, seed: int) -> HeadReport:
         raise ValueError(f"n_classes is {n_classes}: it must be 2 or 3.")
     if old.out_features == n_classes:
         raise ValueError(f"model.fc has {n_classes} outputs already: build the model again to start over.")
-    torch.manual_seed(seed)
-    new = nn.Linear(old.in_features, n_classes, device=old.weight.device, dtype=old.weight.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = nn.Linear(old.in_features, n_classes, dtype=old.weight.dtype).to(old.weight.device)
     model.fc = new.train(old.training)
     return HeadReport(old.in_features, old.out_features, n_classes)
 
@@ -538,11 +557,15 @@ class Cifar10:
 
 
 class SourceError(RuntimeError):
-    """A data source cannot serve. ``found`` tells whether its files are there, but broken."""
+    """A data source cannot serve.
 
-    def __init__(self, message: str, found: bool = False):
+    ``needs_repair`` tells whether the user has something to mend first: files that are there but broken, or
+    a folder that cannot be written to.
+    """
+
+    def __init__(self, message: str, needs_repair: bool = False):
         super().__init__(message)
-        self.found = found
+        self.needs_repair = needs_repair
 
 
 def load_cifar10(
@@ -559,7 +582,7 @@ def load_cifar10(
         Where the data is looked for and downloaded to.
     allow_stand_in : bool
         Permit generated images. They only ever replace missing data: files that are there but
-        broken are an error, so that a damaged copy does not go unnoticed.
+        broken, or a download that cannot be stored, are an error, so that nothing goes unnoticed.
     seed : int
         Of the stand-in images.
     urls : sequence of str, optional
@@ -571,13 +594,13 @@ def load_cifar10(
         If no source serves: every source and why it failed.
     """
     data_dir = Path(data_dir)
-    skipped, found_broken = [], False
+    skipped, needs_repair = [], False
     for load in (load_official, load_image_folders):
         try:
             return replace(load(data_dir), skipped=tuple(skipped))
         except SourceError as error:
             skipped.append(str(error))
-            found_broken = found_broken or error.found
+            needs_repair = needs_repair or error.needs_repair
     for url in DOWNLOAD_URLS if urls is None else urls:
         try:
             download_archive(url, data_dir / ARCHIVE_NAME, ARCHIVE_MD5)
@@ -586,13 +609,13 @@ def load_cifar10(
             return replace(data, source=f"{data.source}, downloaded from {host}", skipped=tuple(skipped))
         except SourceError as error:
             skipped.append(str(error))
-            if error.found:  # a good archive arrived and cannot be unpacked: another would not help
-                found_broken = True
+            if error.needs_repair:  # it cannot be stored or unpacked: another download would not help
+                needs_repair = True
                 break
-    if allow_stand_in and not found_broken:
+    if allow_stand_in and not needs_repair:
         return replace(make_stand_in(seed), skipped=tuple(skipped))
     advice = (
-        "Repair or remove the files named above" if found_broken
+        "Mend what is named above" if needs_repair
         else "Set ALLOW_STAND_IN to True to run on generated images"
     )
     raise RuntimeError(
@@ -617,15 +640,23 @@ def load_official(data_dir: Path) -> Cifar10:
         return _read_batches(data_dir)
     except RuntimeError:  # torchvision: missing or damaged
         pass
+    except OSError as error:
+        raise SourceError(
+            f"{batches.name} in '{data_dir}' cannot be read ({describe_error(error)}).", needs_repair=True) from error
     if not archive.is_file():
         if batches.exists():
             raise SourceError(
-                f"{batches.name} in '{data_dir}' is incomplete or damaged (MD5): delete it.", found=True)
+                f"{batches.name} in '{data_dir}' is incomplete or damaged (MD5): delete it.", needs_repair=True)
         raise SourceError(f"no official CIFAR-10 batches or archive in '{data_dir}'")
-    if not check_integrity(str(archive), ARCHIVE_MD5):
+    try:
+        is_whole = check_integrity(str(archive), ARCHIVE_MD5)
+    except OSError as error:
+        raise SourceError(
+            f"{ARCHIVE_NAME} in '{data_dir}' cannot be read ({describe_error(error)}).", needs_repair=True) from error
+    if not is_whole:
         raise SourceError(
             f"{ARCHIVE_NAME} in '{data_dir}' is incomplete or damaged (its MD5 is not "
-            f"{ARCHIVE_MD5}): delete it.", found=True)
+            f"{ARCHIVE_MD5}): delete it.", needs_repair=True)
     try:
         # Unpacked beside its place and then moved there, so that it is never half there.
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpacking-") as folder:
@@ -637,7 +668,7 @@ def load_official(data_dir: Path) -> Cifar10:
     except OSError as error:
         raise SourceError(
             f"{ARCHIVE_NAME} cannot be unpacked in '{data_dir}' ({describe_error(error)}): make room "
-            "there, or set DATA_DIR to a folder that can be written to.", found=True) from error
+            "there, or set DATA_DIR to a folder that can be written to.", needs_repair=True) from error
 
 
 def _read_batches(data_dir: Path) -> Cifar10:
@@ -672,9 +703,10 @@ def load_image_folders(data_dir: Path) -> Cifar10:
     suffixes = sorted({suffix for _, _, found in splits.values() for suffix in found})
     lossy = "; JPEG is lossy: expect slightly lower accuracies than on the official pixels" if "JPG" in suffixes else ""
     n_images = sum(len(labels) for _, labels, _ in splits.values())
+    incomplete = "" if n_images == 60_000 else ", INCOMPLETE: CIFAR-10 has 60,000"
     return Cifar10(
         *splits["train"][:2], *splits["test"][:2],
-        source=f"image folders '{IMAGE_FOLDERS}' ({n_images:,} files, {'/'.join(suffixes)}), "
+        source=f"image folders '{IMAGE_FOLDERS}' ({n_images:,} files, {'/'.join(suffixes)}{incomplete}), "
         f"not verified against the official MD5{lossy}",
     )
 
@@ -684,13 +716,17 @@ def _read_image_folder(folder: Path) -> Tuple[np.ndarray, np.ndarray, set]:
     paths = []
     for label, name in enumerate(CIFAR10_CLASSES):
         if not (folder / name).is_dir():
-            raise SourceError(f"{where} has no folder for the class '{name}'", found=True)
-        in_class = sorted(
-            path for path in (folder / name).iterdir()
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        )
+            raise SourceError(f"{where} has no folder for the class '{name}'", needs_repair=True)
+        try:
+            in_class = sorted(
+                path for path in (folder / name).iterdir()
+                if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+            )
+        except OSError as error:
+            raise SourceError(
+                f"{where}/{name} cannot be read ({describe_error(error)})", needs_repair=True) from error
         if not in_class:
-            raise SourceError(f"{where}/{name} holds no PNG or JPEG image", found=True)
+            raise SourceError(f"{where}/{name} holds no PNG or JPEG image", needs_repair=True)
         paths += [(path, label) for path in in_class]
 
     progress = LiveLine()
@@ -701,12 +737,12 @@ def _read_image_folder(folder: Path) -> Tuple[np.ndarray, np.ndarray, set]:
             with Image.open(path) as image:
                 if image.size != (32, 32) or image.mode != "RGB":
                     width, height = image.size
-                    raise SourceError(f"{file} is {width}x{height} {image.mode}, not 32x32 RGB", found=True)
+                    raise SourceError(f"{file} is {width}x{height} {image.mode}, not 32x32 RGB", needs_repair=True)
                 images[i] = np.asarray(image)
         except SourceError:
             raise
         except Exception as error:  # Pillow raises many kinds on damaged files
-            raise SourceError(f"{file} cannot be read as an image: replace it", found=True) from error
+            raise SourceError(f"{file} cannot be read as an image: replace it", needs_repair=True) from error
         progress.update(f"Reading {where}: {i + 1:,} of {len(paths):,} images")
     progress.update(f"Read {where}: {len(paths):,} images", final=True)
     labels = np.array([label for _, label in paths], dtype=np.int64)
@@ -788,7 +824,7 @@ def download_archive(url: str, path, md5: str) -> None:
     except OSError as error:  # those of the network are SourceErrors by now
         raise SourceError(
             f"cannot write to '{path.parent}' ({describe_error(error)}): make room there, or set DATA_DIR "
-            "to a folder that can be written to") from error
+            "to a folder that can be written to", needs_repair=True) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -994,7 +1030,7 @@ class ImageBatches(Dataset):
 
     def __init__(self, images, labels, make_transform, image_size: int):
         if make_transform is train_transform:
-            # Padding once is 40 times cheaper than reflecting each image's border in each epoch.
+            # Once, and not each image's border anew in each epoch.
             p = CROP_PADDING
             images = np.pad(images, ((0, 0), (p, p), (p, p), (0, 0)), mode="reflect")
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
@@ -1020,11 +1056,26 @@ def make_loader(images, labels, make_transform, image_size: int, batch_size: int
     batch; evaluation loaders keep the order and every image. Batches are cut by the sampler
     (``batch_size=None``), so one call makes a whole batch: no worker processes are needed.
 
+    Parameters
+    ----------
+    images : uint8 array (N, 32, 32, 3)
+    labels : int array (N,)
+    make_transform : callable
+        ``train_transform`` for a training loader, ``eval_transform`` for an evaluation loader.
+    image_size : int
+        Side of the network's input, in pixels.
+    batch_size : int
+        Images in a batch.
+    seed : int
+        Of the order of the training images.
+
     Raises
     ------
     ValueError
-        If there is no image, or only one to train on.
+        If there is no image, or only one to train on, or ``make_transform`` is another function.
     """
+    if make_transform not in (train_transform, eval_transform):
+        raise ValueError(f"make_transform is {make_transform!r}: it must be train_transform or eval_transform.")
     dataset = ImageBatches(images, labels, make_transform, image_size)
     shuffle = make_transform is train_transform
     if len(dataset) < (2 if shuffle else 1):
@@ -1093,7 +1144,6 @@ class History:
     """A finished (or stopped) training: its epochs, the best one, and why it stopped early."""
 
     epochs: Tuple[EpochMetrics, ...]
-    planned_epochs: int
     seconds: float
     stopped: Optional[str] = None
 
@@ -1189,8 +1239,8 @@ def small_maps_as_matmul(model: nn.Module):
     """Within it, convolutions on very small feature maps run as matrix products on a CPU.
 
     The deepest convolutions of a ResNet see maps of 1x1 to 3x3 pixels when images are small. CPU
-    convolution kernels are slow there: on 2x2 pixels and 512 channels the product takes a quarter of the
-    time. Same modules, same parameters, the same result up to rounding; left as it was entered.
+    convolution kernels are slow there; ``tests/benchmark.py`` measures the gain. Same modules,
+    same parameters, the same result up to rounding; the model is left as it was entered.
     """
     convolutions = [
         m for m in model.modules()
@@ -1252,15 +1302,15 @@ def orthogonalise(matrix: torch.Tensor, dtype: torch.dtype, steps: int = 3) -> t
     Each step multiplies x by a polynomial of x x', and these commute: they are worked out on that
     smaller square matrix and multiplied with x once. In bfloat16 this blurs the smallest singular
     values, and only those. The quintic's coefficients are Jordan's (2024), chosen for speed: all
-    but small singular values come to lie between about 0.7 and 1.2 in his 5 steps. 3 do as well in
-    training here.
+    but small singular values come to lie between about 0.7 and 1.2 in his 5 steps; 3 are made here,
+    to save time.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix.shape[0] <= matrix.shape[1]
     x = (matrix if wide else matrix.T).to(dtype)
     x = x / (x.norm() + 1e-7)
     gram = x @ x.T
-    product = torch.eye(len(gram), dtype=dtype, device=gram.device)
+    product = torch.eye(len(gram), device=gram.device).to(dtype)  # torch 2.0 has no eye in bfloat16
     for _ in range(steps):
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal().add_(a)
@@ -1342,11 +1392,13 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def predict(model, data_loader, device, dtype=torch.float32) -> Tuple[np.ndarray, np.ndarray]:
+def predict(
+    model, data_loader, device, dtype=torch.float32, with_mirror_image: bool = True
+) -> Tuple[np.ndarray, np.ndarray]:
     """Class probabilities (N, n_classes) and targets (N,) over a loader, in its order.
 
-    The logits of each image and of its mirror image are averaged. The model is put into
-    evaluation mode for this and back after it.
+    ``with_mirror_image`` averages the logits of each image and of its mirror image. The model is
+    put into evaluation mode for this and back after it.
     """
     was_training = model.training
     model.eval()
@@ -1356,7 +1408,9 @@ def predict(model, data_loader, device, dtype=torch.float32) -> Tuple[np.ndarray
             for images, targets in data_loader:
                 images, targets = to_device(images, targets, device)
                 with autocast(device, dtype):
-                    logits = (model(images).float() + model(images.flip(-1)).float()) / 2
+                    logits = model(images).float()
+                    if with_mirror_image:
+                        logits = (logits + model(images.flip(-1)).float()) / 2
                 probabilities.append(logits.softmax(1).cpu())
                 all_targets.append(targets.cpu())
     finally:
@@ -1434,10 +1488,10 @@ def plan_training(
     for size in set(recipe.image_sizes(image_size)) - {image_size}:
         step_seconds[size] = measure(dtype, size)
 
-    # An evaluation pass costs about a third of a training step an image, twice for the mirror image.
+    # An evaluation pass is taken to cost a third of a training step, twice for the mirror image.
     val_steps = len(val_loader.dataset) / train_loader.sampler.batch_size
     val_seconds = val_steps * step_seconds[image_size] * 2 / 3
-    # What the notebook does with the test images after training comes to half an epoch.
+    # What the notebook does after training is taken to cost half an epoch.
     report_seconds = len(train_loader) * step_seconds[image_size] / 2
 
     def estimate(candidate: Recipe) -> float:
@@ -1451,7 +1505,7 @@ def plan_training(
     if estimate(fitted) > left:
         notes.append(
             f"Epochs: {fitted.epochs} of {recipe.epochs}, and even that is more than the {format_duration(left)} "
-            "left: the run will overrun its time budget.")
+            "left: the run may overrun its time budget.")
     elif fitted.epochs < recipe.epochs:
         notes.append(f"Epochs cut from {recipe.epochs} to {fitted.epochs} to fit the {format_duration(left)} left.")
     else:
@@ -1472,7 +1526,7 @@ def fit(
     seconds_left: float = math.inf,
     on_epoch: Callable[[str], None] = print,
 ) -> History:
-    """Train the model in place and leave the weights of its best validation epoch in it.
+    """Train the model in place; it ends in evaluation mode, with the weights of its best validation epoch.
 
     Parameters
     ----------
@@ -1496,7 +1550,8 @@ def fit(
     Raises
     ------
     NonFiniteLoss
-        If a loss is not finite: names the epoch, the step and the learning rate.
+        If a loss is not finite: names the epoch, the step and the learning rate. The validation
+        loss counts, too.
     KeyboardInterrupt
         If it is interrupted before the first epoch is complete.
     """
@@ -1528,12 +1583,16 @@ def fit(
             train_loss, train_accuracy = train_one_epoch(
                 model, criterion, optimizer, scheduler, train_loader, device, dtype, show)
             new = EpochMetrics(epoch, train_loss, train_accuracy, *evaluate(model, val_loader, device, dtype))
+            if not math.isfinite(new.val_loss):
+                lr = scheduler.get_last_lr()[0]
+                raise NonFiniteLoss(
+                    f"the validation loss is {new.val_loss} at learning rate {lr:.2e}, step {len(train_loader)}")
             is_best = all(new.val_accuracy > m.val_accuracy for m in metrics)
             state = copy.deepcopy(model.state_dict()) if is_best else best_state
             metrics, best_state = [*metrics, new], state  # together: an interruption finds both or neither
             on_epoch(new.line(recipe.epochs))
     except NonFiniteLoss as error:
-        raise NonFiniteLoss(f"{error}, epoch {epoch}: lower the learning rate.") from None
+        raise NonFiniteLoss(f"{error}, epoch {epoch}: lower the recipe's learning rates (RECIPES in helpers.py).") from None
     except KeyboardInterrupt:
         if best_state is None:
             raise KeyboardInterrupt(
@@ -1543,9 +1602,10 @@ def fit(
         train_loader.dataset.set_image_size(image_size)
         if best_state is not None:
             model.load_state_dict(best_state)
+        model.eval()
     seconds = time.perf_counter() - start
     progress.update(f"Trained {len(metrics)} of {recipe.epochs} epochs in {format_duration(seconds)}", final=True)
-    return History(tuple(metrics), recipe.epochs, seconds, stopped)
+    return History(tuple(metrics), seconds, stopped)
 
 
 # ======================================================================================
@@ -1626,11 +1686,14 @@ def conclude(comparison: PairedComparison, name_a: str, name_b: str) -> str:
     """One honest sentence on a paired comparison of two trained networks."""
     c = comparison
     found = (
-        f"{name_a} minus {name_b}: {100 * c.difference:+.1f} points on {c.n:,} test images "
-        f"(95% CI {100 * c.low:+.1f} to {100 * c.high:+.1f}, exact McNemar p = {c.p_value:.2g})"
+        f"{name_a} minus {name_b}: {100 * c.difference:+.2f} points on {c.n:,} test images "
+        f"(95% CI {100 * c.low:+.2f} to {100 * c.high:+.2f}, exact McNemar p = {c.p_value:.2g})"
     )
+    not_shown = "so this pair of runs does not show that the swap helps or hurts."
     if c.low <= 0 <= c.high:
-        return f"{found}; the interval contains 0, so this pair of runs does not show that the swap helps or hurts."
+        return f"{found}; the interval contains 0, {not_shown}"
+    if c.p_value >= 0.05:
+        return f"{found}; the interval excludes 0 but the exact test, at p >= 0.05, does not bear it out, {not_shown}"
     better = name_a if c.difference > 0 else name_b
     return (
         f"{found}; the interval excludes 0, so of these two trained networks {better} is the better one on such "
@@ -1690,7 +1753,7 @@ def measure_activations(
 
 
 def mean_share(measured: Sequence[ActivationInputs], quantity: str) -> float:
-    """The mean over the calls of ``negative`` or ``silent``, 0 to 1."""
+    """The mean over the calls, each counted once whatever its size, of ``negative`` or ``silent``, 0 to 1."""
     return float(np.mean([getattr(m, quantity) for m in measured]))
 
 
@@ -1720,10 +1783,15 @@ def analyse(
     swapped: Sequence[ActivationInputs],
     control: Sequence[ActivationInputs],
     activation: str,
+    train_accuracy: float,
     pretrained: bool,
     is_stand_in: bool,
 ) -> List[str]:
-    """The analysis bullets, 5 or 6 in Markdown, made of the numbers of the run."""
+    """The analysis bullets, 5 or 6 in Markdown, made of the numbers of the run.
+
+    ``train_accuracy`` is that of the best epoch's weights on training images, predicted in the same way as
+    the validation images: the two accuracies differ only by the images. Accuracies are 0 to 1.
+    """
     bullets = []
     if is_stand_in:
         bullets.append("**Stand-in images.** Generated shapes: nothing below says anything about CIFAR-10.")
@@ -1738,20 +1806,22 @@ def analyse(
             f"; in the ReLU control it is {mean_share(control, 'negative'):.0%} and {mean_share(control, 'silent'):.1%}"
         )
         if mean_share(control, "silent") == 0:
-            mechanism += ". No channel of the control is dead, so there was none for the swap to keep alive"
+            mechanism += ". No channel of the control is dead at these sites, so there was none for the swap to keep alive"
     positive = "and leaves positive ones as they are" if activation == "LeakyReLU" else "and bends small positive ones"
     bullets.append(
         f"{mechanism}. Of a negative input ReLU passes on neither signal nor gradient; {activation} passes on some of "
         f"both, {positive}.")
 
-    best, last = history.best, history.epochs[-1]
-    overfits = last.train_accuracy - last.val_accuracy > 0.05
+    best = history.best
+    gap = train_accuracy - best.val_accuracy
+    overfits, underfits = gap > 0.05, train_accuracy < 0.9
+    verdicts = (["it underfits (training images below 90%)"] if underfits else []) + (
+        ["it overfits (a gap above 5)"] if overfits else [])
     bullets.append(
-        f"**Fit.** In epoch {last.epoch}, the last, training accuracy, on augmented images, is "
-        f"{last.train_accuracy:.1%} and validation accuracy {last.val_accuracy:.1%}; the best validation accuracy is "
-        f"{best.val_accuracy:.1%}, in epoch {best.epoch}. "
-        + ("The gap says that the network has begun to overfit." if overfits else "The gap shows no clear overfitting.")
-    )
+        f"**Fit.** With the weights of epoch {best.epoch}, the best of {len(history.epochs)}, accuracy is "
+        f"{train_accuracy:.1%} on training images without augmentation and {best.val_accuracy:.1%} on validation "
+        f"images, a gap of {100 * gap:.1f} points: "
+        + (" and ".join(verdicts) or "no clear over- or underfitting") + ".")
     confusion = largest_confusion(val_matrix)
     if confusion is None:
         bullets.append("**Errors.** None on the validation images.")
@@ -1764,7 +1834,7 @@ def analyse(
     bullets.append(
         "**Next steps.** Several seeds of the pair, so that the swap's effect can be told from luck; "
         + ("larger images" if pretrained else "ImageNet weights to start from")
-        + ("; stronger augmentation." if overfits else "; a longer schedule."))
+        + ("; a longer schedule." if underfits or not overfits else "; stronger augmentation."))
     return bullets
 
 
@@ -1843,9 +1913,9 @@ def plot_history(history: History, title: str) -> plt.Figure:
         axis.grid(alpha=0.3)
     left.set_ylabel("cross-entropy")
     right.set_ylabel("accuracy, %")
-    left.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncol=3, frameon=False)
     figure.suptitle(title)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     return figure
 
 

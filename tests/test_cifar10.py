@@ -1,5 +1,6 @@
 """CIFAR-10: sources, download, stand-in, filtering, splitting."""
 
+import dataclasses
 import hashlib
 import http.server
 import os
@@ -13,6 +14,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torchvision import datasets
@@ -142,7 +144,7 @@ def test_image_folders_are_read_in_the_order_of_their_names(data_dir, suffix):
     assert np.array_equal(data.train_images, shapes.train_images)
     assert np.array_equal(data.train_labels, shapes.train_labels)
     assert np.array_equal(data.test_images, shapes.test_images)
-    assert "image folders" in data.source and "not verified" in data.source and "50 files, PNG" in data.source
+    assert "image folders" in data.source and "not verified" in data.source and "50 files, PNG, INCOMPLETE: CIFAR-10 has 60,000)" in data.source
     assert data.skipped == (f"no official CIFAR-10 batches or archive in '{data_dir}'",)
 
 
@@ -184,7 +186,7 @@ def test_a_broken_image_folder_is_named_and_never_replaced_by_the_stand_in(data_
     BROKEN_FOLDERS[message](data_dir / helpers.IMAGE_FOLDERS)
     with pytest.raises(RuntimeError) as error:
         load(data_dir, allow_stand_in=True)
-    assert message in str(error.value) and "Repair or remove" in str(error.value)
+    assert message in str(error.value) and "Mend what is named above" in str(error.value)
 
 
 # --- source 3: download -------------------------------------------------------------------
@@ -319,6 +321,39 @@ def test_a_full_disk_while_downloading_leaves_nothing_behind(server, data_dir, m
     assert contents(data_dir) == []
 
 
+def test_a_download_that_cannot_be_stored_is_not_tried_elsewhere_nor_replaced_by_the_stand_in(
+        server, data_dir, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(helpers.os, "replace", full)
+    with pytest.raises(RuntimeError, match="cannot write to .*No space left on device.*make room.*\nMend"):
+        helpers.load_cifar10(data_dir, True, 1, urls=[server.url + "/good", server.url + "/redirect"])
+    assert server.paths == ["/good"] and contents(data_dir) == []
+
+
+@pytest.mark.parametrize("name, what", [
+    ("_read_batches", "cifar-10-batches-py in"), ("check_integrity", "cifar-10-python.tar.gz in")])
+def test_official_files_that_cannot_be_read_are_one_sentence(archive, data_dir, monkeypatch, name, what):
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    shutil.copy(archive, data_dir)
+    monkeypatch.setattr(helpers, name, denied)
+    with pytest.raises(RuntimeError, match=f"{what} .* cannot be read .Permission denied"):
+        load(data_dir, allow_stand_in=True)
+
+
+def test_an_image_folder_that_cannot_be_read_is_one_sentence(data_dir, monkeypatch):
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    write_image_tree(data_dir, 1, 1)
+    monkeypatch.setattr(helpers.Path, "iterdir", denied)
+    with pytest.raises(RuntimeError, match="cifar10-images/train/airplane cannot be read .Permission denied"):
+        load(data_dir, allow_stand_in=True)
+
+
 def test_a_good_download_that_cannot_be_unpacked_is_not_fetched_again_nor_replaced_by_the_stand_in(
         server, data_dir, monkeypatch):
     def full(source, folder):
@@ -374,6 +409,28 @@ def test_the_stand_in_is_the_same_for_the_same_seed_and_quick():
     assert one.train_images.tobytes() != other.train_images.tobytes()
     assert np.bincount(one.train_labels).tolist() == [800] * 10
     assert np.bincount(one.test_labels).tolist() == [100] * 10
+
+
+def test_the_figures_of_the_stand_in_are_lighter_or_darker_than_their_ground():
+    data = helpers.make_stand_in(1)
+    discs = data.train_images[data.train_labels == 0].astype(float)
+    lighter = discs[:, 14:18, 14:18].mean((1, 2, 3)) > discs[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean((1, 2))
+    assert 0.4 < lighter.mean() < 0.6
+
+
+def test_the_default_network_learns_the_stand_in():
+    data = helpers.make_stand_in(1)
+    mapping, _ = helpers.class_mapping(["cat", "dog", "airplane"])
+    train = helpers.filter_and_relabel(data.train_images, data.train_labels, mapping)
+    test = helpers.filter_and_relabel(data.test_images, data.test_labels, mapping)
+    loaders = [helpers.make_loader(*part, transform, 32, 128, seed=1)
+               for part, transform in ((train, helpers.train_transform), (test, helpers.eval_transform))]
+    model = helpers.build_model("resnet18", 1)
+    helpers.replace_head(model, 3, 1)
+    recipe = dataclasses.replace(helpers.RECIPES["random"], epochs=5)
+    cpu = torch.device("cpu")
+    helpers.fit(model, recipe, *loaders, 32, cpu, torch.float32, 1, on_epoch=lambda line: None)
+    assert helpers.evaluate(model, loaders[1], cpu)[1] > 0.95
 
 
 @pytest.mark.parametrize("names", [("cat", "dog", "airplane"), helpers.CIFAR10_CLASSES])

@@ -85,3 +85,8 @@ def test_the_transform_summaries_name_every_step():
     assert train.startswith("RandomCrop(size=(32, 32)") and "RandomHorizontalFlip(p=0.5)" in train
     assert "Resize(size=(64, 64)" in train and "Normalize(mean=(0.485" in train
     assert "Random" not in val and train.endswith(val) and "\n" not in train
+
+
+def test_another_transform_is_refused(labelled_images):
+    with pytest.raises(ValueError, match="must be train_transform or eval_transform"):
+        helpers.make_loader(*labelled_images, lambda size: None, 32, 24, seed=1)

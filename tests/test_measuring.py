@@ -62,12 +62,16 @@ def test_arrays_that_cannot_be_paired_are_refused(a, b):
 
 def test_the_conclusion_says_only_what_the_interval_allows():
     unclear = helpers.conclude(helpers.compare_paired(*pair(80, 6, 4, 10)), "SiLU", "ReLU")
-    assert unclear.startswith("SiLU minus ReLU: +2.0 points on 100 test images (95% CI ")
+    assert unclear.startswith("SiLU minus ReLU: +2.00 points on 100 test images (95% CI ")
     assert "the interval contains 0" in unclear and "does not show" in unclear
     better = helpers.conclude(helpers.compare_paired(*pair(800, 80, 20, 100)), "SiLU", "ReLU")
     assert "excludes 0" in better and "SiLU is the better one" in better and "one seed" in better
+    torn = helpers.compare_paired(*pair(250, 9, 2, 39))
+    assert torn.low > 0 and torn.p_value > 0.05  # the interval is approximate, the test exact
+    said = helpers.conclude(torn, "SiLU", "ReLU")
+    assert "excludes 0 but" in said and "does not show" in said and "better" not in said
     worse = helpers.conclude(helpers.compare_paired(*pair(800, 20, 80, 100)), "SiLU", "ReLU")
-    assert "ReLU is the better one" in worse and "-6.0 points" in worse
+    assert "ReLU is the better one" in worse and "-6.00 points" in worse
 
 
 class Fixed(nn.Module):
@@ -131,22 +135,22 @@ def test_the_largest_confusion_adds_both_directions():
 
 
 HISTORY = helpers.History(
-    (helpers.EpochMetrics(1, 0.9, 0.60, 0.8, 0.62), helpers.EpochMetrics(2, 0.5, 0.81, 0.6, 0.80)), 2, 10.0)
+    (helpers.EpochMetrics(1, 0.9, 0.60, 0.8, 0.62), helpers.EpochMetrics(2, 0.5, 0.81, 0.6, 0.80)), 10.0)
 INPUTS = [helpers.ActivationInputs("a", 1, 8, 0.5, 0.25), helpers.ActivationInputs("a", 2, 8, 0.7, 0.0)]
 MATRIX = np.array([[9, 3], [1, 7]])
 
 
-def analyse(history=HISTORY, control=INPUTS, pretrained=False, stand_in=False, matrix=MATRIX, activation="SiLU"):
+def analyse(history=HISTORY, control=INPUTS, pretrained=False, stand_in=False, matrix=MATRIX, activation="SiLU", train_accuracy=0.92):
     return helpers.analyse(
-        history, matrix, ["cat", "dog"], "The conclusion.", INPUTS, control, activation, pretrained, stand_in)
+        history, matrix, ["cat", "dog"], "The conclusion.", INPUTS, control, activation, train_accuracy, pretrained, stand_in)
 
 
 def test_the_analysis_is_made_of_the_numbers_of_the_run():
     bullets = analyse()
     text = "\n".join(bullets)
     assert 2 <= len(bullets) <= 6 and all(b.startswith("**") for b in bullets)
-    for part in ("The conclusion.", "60% of the inputs", "12.5%", "In epoch 2, the last", "81.0%", "80.0%",
-                 "; a longer schedule.", "4 of the 4", "cat and dog", "ImageNet weights"):
+    for part in ("The conclusion.", "60% of the inputs", "12.5%", "weights of epoch 2, the best of 2", "92.0%", "80.0%",
+                 "gap of 12.0 points: it overfits", "; stronger augmentation.", "4 of the 4", "cat and dog", "ImageNet weights"):
         assert part in text, part
     assert "ImageNet" not in "\n".join(analyse(pretrained=True))
     assert "control" not in analyse(control=[])[1]
@@ -159,14 +163,18 @@ def test_the_analysis_is_made_of_the_numbers_of_the_run():
     assert len(analyse(stand_in=True)) == 6 and "Stand-in" in analyse(stand_in=True)[0]
 
 
-@pytest.mark.parametrize("train_1, train_2, words, advice", [
-    (0.80, 0.87, "has begun to overfit", "stronger augmentation"), (0.87, 0.85, "no clear overfitting", "a longer schedule")])
-def test_the_analysis_judges_the_fit_by_the_last_epoch(train_1, train_2, words, advice):
+@pytest.mark.parametrize("train_accuracy, words, advice", [
+    (0.94, ": no clear over- or underfitting.", "a longer schedule"),
+    (0.96, "6.0 points: it overfits (a gap above 5).", "stronger augmentation"),
+    (0.89, "-1.0 points: it underfits (training images below 90%).", "a longer schedule"),
+    (0.97, ": it overfits (a gap above 5).", "stronger augmentation")])
+def test_the_analysis_judges_the_fit_by_the_best_epoch_on_both_sets(train_accuracy, words, advice):
     history = helpers.History(
-        (helpers.EpochMetrics(1, 0.5, train_1, 0.5, 0.82), helpers.EpochMetrics(2, 0.5, train_2, 0.5, 0.81)), 2, 1.0)
-    text = "\n".join(analyse(history))
-    assert words in text and advice in text and "82.0%, in epoch 1" in text
-    assert ("overfit." in text) != ("a longer schedule" in text)
+        (helpers.EpochMetrics(1, 0.5, 0.7, 0.5, 0.90), helpers.EpochMetrics(2, 0.5, 0.7, 0.5, 0.81)), 1.0)
+    text = "\n".join(analyse(history, train_accuracy=train_accuracy))
+    assert words in text and advice in text and "epoch 1, the best of 2" in text
+    both = "\n".join(analyse(train_accuracy=0.88))
+    assert "it underfits (training images below 90%) and it overfits (a gap above 5)." in both
 
 
 def test_cells_executed_in_order_are_told_from_others(tmp_path):

@@ -1,5 +1,6 @@
 """The notebook: run headless on a small generated image tree, and as it is committed."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -8,7 +9,9 @@ import sys
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
+from torchvision import models
 
 import helpers
 from conftest import ROOT, write_image_tree
@@ -46,8 +49,13 @@ LINES = [
     r"Reproducibility summary",
     r"Seed: 1337",
     r"helpers\.py SHA-256: [0-9a-f]{64}",
+    r"Code cells SHA-256, to this one: [0-9a-f]{64}",
     r"Total runtime: \d+ min \d\d s",
 ]
+
+
+def sha256_of_helpers():
+    return hashlib.sha256((ROOT / "helpers.py").read_bytes()).hexdigest()
 
 
 def printed(notebook):
@@ -116,8 +124,10 @@ def test_a_headless_run_prints_every_required_line(executed):
     assert "Train counts: {0: 27, 1: 27, 2: 27} | Val counts: {0: 3, 1: 3, 2: 3}" in text
     assert "Train batch: images (16, 3, 32, 32), labels (16,)" in text
     assert "image folders 'cifar10-images'" in text and "not verified against the official MD5" in text
-    assert f"helpers.py SHA-256: {helpers.file_sha256(ROOT / 'helpers.py')}" in text
-    assert "STAND-IN" not in text and "[ ]" not in text and "[?]" not in text and text.count("[x]") >= 8
+    assert f"helpers.py SHA-256: {sha256_of_helpers()}" in text
+    assert "400 files, PNG, INCOMPLETE: CIFAR-10 has 60,000" in text
+    assert "STAND-IN" not in text and "[?]" not in text and text.count("[x]") >= 8
+    assert re.findall(r"\[ \] .*", text) == ["[ ] All of CIFAR-10, and nothing generated"]
 
 
 def test_two_headless_runs_in_two_places_are_equal_but_for_times(executed):
@@ -132,7 +142,7 @@ def test_a_cell_run_again_gives_the_same_output(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     code[0].source += "\n" + "\n".join(
-        f"{name} = {value!r}" for name, value in {**SMALL, "EPOCHS": 1, "PRETRAINED": False}.items())
+        f"{name} = {value!r}" for name, value in {**SMALL, "EPOCHS": 1}.items())
     # Every cell twice in a row, and then, from the surgery on, all once more.
     surgery = next(i for i, cell in enumerate(code) if "replace_relu" in cell.source)
     twice = [nbformat.v4.new_code_cell(cell.source) for cell in code for _ in range(2)]
@@ -152,34 +162,71 @@ def test_an_interrupted_training_still_reports_and_is_marked_as_partial(tmp_path
         shutil.copy(path, tmp_path)
     interrupting = """
 import helpers
-plain_evaluate, epochs_seen = helpers.evaluate, []
+plain_evaluate, calls = helpers.evaluate, []
 
 def evaluate(*args):
-    epochs_seen.append(1)
-    if len(epochs_seen) == INTERRUPTED_EPOCH:
+    calls.append(1)
+    if len(calls) == INTERRUPTED_CALL:
         raise KeyboardInterrupt
     return plain_evaluate(*args)
 
 helpers.evaluate = evaluate
 """
     texts = {}
-    for epoch in (2, 3, 4):  # of two epochs each: in the training, then in the control
+    # Each training has two epochs, and a call in between measures the fit: the second epoch, then the control's first
+    # and second.
+    for call in (2, 4, 5):
         notebook = nbformat.read(NOTEBOOK, as_version=4)
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         code[0].source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in SMALL.items())
-        code[0].source += f"\nINTERRUPTED_EPOCH = {epoch}\n" + interrupting
+        code[0].source += f"\nINTERRUPTED_CALL = {call}\n" + interrupting
         NotebookClient(
             notebook, timeout=600, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
         errors = [o.ename for cell in code for o in cell.outputs if o.output_type == "error"]
-        assert errors == (["KeyboardInterrupt"] if epoch == 3 else [])
-        texts[epoch] = printed(notebook)
+        assert errors == (["KeyboardInterrupt"] if call == 4 else [])
+        texts[call] = printed(notebook)
     assert "PARTIAL RUN: interrupted in epoch 2 of 2" in texts[2]
-    assert "Control not run: the swapped network's training is partial" in texts[2]
-    assert "No comparison: the control was not run, since its training was interrupted." in texts[3]
-    assert "[CONTROL PARTIAL: interrupted in epoch 2 of 2]" in texts[4]
+    assert "No control: the swapped network's training is partial" in texts[2]
+    assert "No comparison, for want of a control: its training was interrupted." in texts[4]
+    assert "[CONTROL PARTIAL: interrupted in epoch 2 of 2]" in texts[5]
     for text in texts.values():
         assert "Test Acc: " in text and "Total runtime: " in text
         assert "[ ] Analysis tied to a complete control run" in text
+
+
+def test_other_parameters_and_loaded_weights_run_through(tmp_path, monkeypatch):
+    write_image_tree(tmp_path / "data", n_train=30, n_test=10)
+    model = models.resnet18(weights=None)
+    checkpoints = tmp_path / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    torch.save(model.state_dict(), checkpoints / "resnet18-f37072fd.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    text = printed(run(tmp_path, **{**SMALL, **dict(
+        PRETRAINED=True, EPOCHS=1, PRECISION="auto", IMAGE_SIZE=40, ALT_ACTIVATION="GELU", FIRST_REPLACED=1,
+        CLASS_NAMES=["ship", "frog"], VAL_FRACTION=0.2, RUN_CONTROL=False)}))
+    for line in (
+            "Using resnet18, pretrained=True", "Recipe: fine-tuning, 1 epochs", "ReLU remaining: 0", "GELU inserted: 9",
+            "New head: in_features=512 → out_features=2", "Mapping (class name → new id): {'frog': 0, 'ship': 1}",
+            "Train counts: {0: 24, 1: 24} | Val counts: {0: 6, 1: 6}", "Train batch: images (16, 3, 40, 40)",
+            "No control: RUN_CONTROL is False.", "Test Acc: ", "Weights started from: ImageNet",
+            "Training: complete | control: RUN_CONTROL is False", "Total runtime: "):
+        assert line in text, line
+
+
+def test_a_control_that_diverges_leaves_the_report_whole(tmp_path):
+    write_image_tree(tmp_path / "data", n_train=30, n_test=10)
+    for path in (NOTEBOOK, ROOT / "helpers.py"):
+        shutil.copy(path, tmp_path)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code[0].source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in {**SMALL, "EPOCHS": 1}.items())
+    control = next(cell for cell in code if "twin = " in cell.source)
+    control.source = control.source.replace(
+        "    try:\n", "    twin.fc.bias.data.fill_(float('nan'))\n    try:\n")
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    text = printed(notebook)
+    assert "No control: its training failed: the loss is nan" in text and "Test Acc: " in text
+    assert "[ ] Analysis tied to a complete control run" in text
 
 
 def test_a_bad_parameter_stops_at_the_second_cell(tmp_path):
@@ -212,7 +259,10 @@ def test_the_committed_notebook_was_executed_on_real_images_by_the_committed_hel
     nbformat.validate(notebook)
     check_outputs(notebook)
     text = printed(notebook)
-    assert f"helpers.py SHA-256: {helpers.file_sha256(ROOT / 'helpers.py')}" in text
+    assert f"helpers.py SHA-256: {sha256_of_helpers()}" in text
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    summary = next(i for i, source in enumerate(sources) if "Reproducibility summary" in source)
+    assert f"Code cells SHA-256, to this one: {helpers.cells_sha256(sources[:summary + 1])}" in text
     assert "Train counts: {0: 4500, 1: 4500, 2: 4500} | Val counts: {0: 500, 1: 500, 2: 500}" in text
     assert "STAND-IN" not in text and "PARTIAL" not in text
     minutes = int(re.search(r"Total runtime: (\d+) min", text)[1])
@@ -226,6 +276,9 @@ def test_the_readme_quotes_the_committed_notebook():
     assert not set(quoted) - set(text.splitlines())
     for pattern in (r"Best Val Acc: .*", r"Test Acc: .*", r"Difference: .*", r"Exact McNemar p: .*", r"Total runtime: .*"):
         assert re.search(pattern, text)[0] in quoted
+    # The table of several seeds has a row of the notebook's own.
+    swapped, control = re.search(r"Test accuracy: SiLU (\S+) \| ReLU control (\S+)", text).groups()
+    assert f"| 1337 | {swapped} | {control} |" in readme
 
 
 def test_helpers_can_be_imported_from_another_folder_and_prints_nothing(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import random
 import re
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,9 +139,10 @@ def test_nondeterminism_left_names_the_threads_and_on_a_gpu_its_kernels():
     assert len(helpers.nondeterminism_left(torch.device("cuda"))) == len(on_cpu) + 1
 
 
-def test_file_sha256(tmp_path):
-    (tmp_path / "file").write_bytes(b"abc")
-    assert helpers.file_sha256(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
+def test_the_hashes_are_of_the_source_and_of_the_cells_that_are_not_empty():
+    assert helpers.SOURCE_SHA256 == hashlib.sha256(Path(helpers.__file__).read_bytes()).hexdigest()
+    assert helpers.cells_sha256(["", "a", " b\n", "a", "c", "b"]) == hashlib.sha256(b"a\n\nb").hexdigest()
+    assert helpers.cells_sha256(["a", "b"]) != helpers.cells_sha256(["b", "a"])
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0 min 00 s"), (59.6, "1 min 00 s"), (754, "12 min 34 s")])

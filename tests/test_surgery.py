@@ -161,16 +161,40 @@ def test_modes_and_hooks_of_everything_else_are_kept():
     assert calls == ["kept"]
 
 
-def test_a_wrong_recount_is_noticed():
-    class Both(nn.Module):  # inserts another activation than it was asked for at every second call
-        made = 0
+def alternating(*makers):
+    """An activation factory that works through the makers in turn."""
+    calls = iter(range(1000))
+    return lambda: makers[next(calls) % len(makers)]()
 
-        def __new__(cls):
-            cls.made += 1
-            return nn.SiLU() if cls.made % 2 else nn.GELU()
 
-    with pytest.raises(RuntimeError, match="1 SiLU were inserted, instead of 2 and 2|instead of 3 and 2"):
-        helpers.replace_relu(Nested(), Both, 4)
+SHARED = nn.SiLU()
+
+
+@pytest.mark.parametrize("make_activation, made", [
+    (alternating(nn.SiLU, nn.GELU), r"\['GELU', 'SiLU'\]"),
+    (alternating(nn.SiLU, lambda: None), r"\['NoneType', 'SiLU'\]"),
+    (nn.ReLU, r"\['ReLU'\]"),
+    (lambda: nn.Sequential(nn.ReLU(), nn.SiLU()), r"\['Sequential'\]"),
+    (lambda: SHARED, r"\['SiLU'\]"),
+])
+def test_a_factory_that_makes_something_else_is_refused_and_the_model_unchanged(make_activation, made):
+    model = Nested()
+    before = [(p.name, p.module) for p in helpers.find_modules(model, nn.Module)]
+    with pytest.raises(ValueError, match=f"make_activation made {made}.*nothing was replaced"):
+        helpers.replace_relu(model, make_activation, 4)
+    after = [(p.name, p.module) for p in helpers.find_modules(model, nn.Module)]
+    assert [name for name, _ in before] == [name for name, _ in after]
+    assert all(a is b for (_, a), (_, b) in zip(before, after))
+
+
+def test_a_wrong_recount_is_noticed(monkeypatch):
+    found = helpers.find_modules
+    model = Nested()
+    n = len(found(model, nn.ReLU))
+    monkeypatch.setattr(
+        helpers, "find_modules", lambda m, kind: [] if kind is nn.SiLU else found(m, kind))
+    with pytest.raises(RuntimeError, match=f"3 nn.ReLU remain and 0 SiLU were inserted, instead of 3 and {n - 3}"):
+        helpers.replace_relu(model, nn.SiLU, 4)
 
 
 def test_parameters_are_counted_all_and_trainable():
@@ -183,6 +207,12 @@ def test_parameters_are_counted_all_and_trainable():
 def test_the_same_seed_builds_the_same_model_and_another_seed_another():
     one, same, other = (helpers.build_model("resnet18", seed).conv1.weight for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_building_and_a_new_head_leave_the_global_generator_alone():
+    state = torch.get_rng_state()
+    helpers.replace_head(helpers.build_model("resnet18", 5), 3, 6)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_unknown_model_is_refused():

@@ -31,8 +31,9 @@ def weights_of(model):
 def test_training_learns_and_reports_the_best_epoch(tiny_net, loaders):
     history, lines = fit(tiny_net, loaders, dataclasses.replace(RECIPE, epochs=8))
     assert history.best.val_accuracy >= 0.9 and history.stopped is None
-    assert [m.epoch for m in history.epochs] == list(range(1, 9)) and history.planned_epochs == 8
+    assert [m.epoch for m in history.epochs] == list(range(1, 9))
     assert history.epochs[-1].train_loss < history.epochs[0].train_loss
+    assert not any(module.training for module in tiny_net.modules())
     pattern = r"Epoch \d+/8 \| Train Loss: \d+\.\d{3} \| Train Acc: \d+\.\d% \| Val Loss: \d+\.\d{3} \| Val Acc: \d+\.\d%"
     assert len(lines) == 8 and all(re.fullmatch(pattern, line) for line in lines)
 
@@ -295,6 +296,19 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_learning_rate(tiny_net, 
     assert torch.isfinite(weights_of(tiny_net)).all()
 
 
+def test_a_validation_loss_that_is_not_finite_stops_training_and_the_best_weights_stay(tiny_net, loaders, monkeypatch):
+    losses, states = iter([0.5, math.nan]), []
+
+    def evaluate(model, *args):
+        states.append(copy.deepcopy(model.state_dict()))
+        return next(losses), 0.5
+
+    monkeypatch.setattr(helpers, "evaluate", evaluate)
+    with pytest.raises(helpers.NonFiniteLoss, match=r"validation loss is nan at learning rate \d.*, step 3, epoch 2: "):
+        fit(tiny_net, loaders)
+    assert all(torch.equal(value, states[0][name]) for name, value in tiny_net.state_dict().items())
+
+
 def test_an_infinite_loss_stops_before_the_weights_change(tiny_net, loaders):
     images, targets = next(iter(loaders[0]))
     before = weights_of(tiny_net).clone()
@@ -363,7 +377,10 @@ def test_prediction_averages_each_image_with_its_mirror_image(tiny_net, loaders)
     tiny_net.eval()
     with torch.no_grad():
         expected = ((tiny_net(images) + tiny_net(images.flip(3))) / 2).softmax(1)
+        plain = tiny_net(images).softmax(1)
     assert np.allclose(probabilities, expected, atol=1e-5) and targets.tolist() == expected_targets.tolist()
+    assert not np.allclose(plain, expected, atol=1e-4)
+    assert np.allclose(helpers.predict(tiny_net, loaders[1], CPU, with_mirror_image=False)[0], plain, atol=1e-5)
 
 
 def test_evaluation_is_the_cross_entropy_and_accuracy_of_the_prediction(tiny_net, loaders):
