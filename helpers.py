@@ -1815,13 +1815,12 @@ def analyse(
     best = history.best
     gap = train_accuracy - best.val_accuracy
     overfits, underfits = gap > 0.05, train_accuracy < 0.9
-    verdicts = (["it underfits (training images below 90%)"] if underfits else []) + (
-        ["it overfits (a gap above 5)"] if overfits else [])
     bullets.append(
         f"**Fit.** With the weights of epoch {best.epoch}, the best of {len(history.epochs)}, accuracy is "
         f"{train_accuracy:.1%} on training images without augmentation and {best.val_accuracy:.1%} on validation "
-        f"images, a gap of {100 * gap:.1f} points: "
-        + (" and ".join(verdicts) or "no clear over- or underfitting") + ".")
+        f"images, a gap of {100 * gap:.1f} points: it "
+        + ("underfits (below" if underfits else "does not underfit (at least") + " 90% on training images) and "
+        + ("overfits (a gap above" if overfits else "does not clearly overfit (a gap of at most") + " 5 points).")
     confusion = largest_confusion(val_matrix)
     if confusion is None:
         bullets.append("**Errors.** None on the validation images.")

@@ -1,6 +1,7 @@
 """Measure the recipe against its peers, on the CIFAR-10 in ``data/``. Run by hand; pytest leaves it alone.
 
     python tests/benchmark.py              # one table: this recipe and two public ones, same wall time
+    python tests/benchmark.py --speed      # only the speed part of it
     python tests/benchmark.py --quick      # the same in 2 minutes: 2 epochs, an eighth of the images
     python tests/benchmark.py --seeds 3    # the swapped network and its ReLU twin, for 3 seeds
 
@@ -175,8 +176,8 @@ def train_peer(name, train, test, seconds):
 # --- speed -----------------------------------------------------------------------------------------
 
 
-def measure_speed(train, recipe, image_size, batch_size, dtype, steps=20):
-    """The real loop against forward/backward/step on one resident batch: medians of 3 rounds.
+def measure_speed(train, recipe, image_size, batch_size, dtype, steps, rounds):
+    """The real loop against forward/backward/step on one resident batch: medians of several rounds.
 
     Returns images/s of the real loop, its share of the bare loop's, the same for a bare loop with
     torchvision's convolutions as they are, and the share of time that loading takes.
@@ -222,7 +223,8 @@ def measure_speed(train, recipe, image_size, batch_size, dtype, steps=20):
 
     works = (lambda: real(Few()), bare_loop_of_ours, bare_loop, load)
     [work() for work in works]
-    real_s, bare_s, plain_s, load_s = (float(np.median([timed(work) for _ in range(3)])) for work in works)
+    # In turns, so that a machine that slows down or speeds up does so for all of them.
+    real_s, bare_s, plain_s, load_s = np.median([[timed(work) for work in works] for _ in range(rounds)], axis=0)
     return steps * batch_size / real_s, bare_s / real_s, plain_s / real_s, load_s / real_s
 
 
@@ -265,9 +267,32 @@ def compare_seeds(train, test, n_seeds, recipe, image_size, batch_size, dtype, p
         print(f"Difference over {n_seeds} seeds: {100 * m_d:+.1f} points (95% t interval {100 * (m_d - half):+.1f} to {100 * (m_d + half):+.1f})")
 
 
+def compare_recipes(train, test, recipe, image_size, batch_size, dtype):
+    """Print the accuracy table: this recipe, then its peers in the same wall time."""
+
+    def row(label, epochs, seconds, accuracies):
+        images = epochs * (int(0.9 * len(train[1])) // batch_size) * batch_size
+        plain, mirrored = accuracies
+        print(f"| {label} | {epochs:.1f} | {seconds / epochs:.1f} | {images / seconds:.0f} | {seconds / 60:.1f} min "
+              f"| {plain:.1%} | {mirrored:.1%} |", flush=True)
+
+    print("| recipe | epochs | s an epoch | images/s | training | test, plain | test, mirror-averaged |\n"
+          "| --- | --- | --- | --- | --- | --- | --- |")
+    history, *right = train_ours(train, test, 1337, recipe, image_size, batch_size, dtype)
+    row("this one (with validation)", len(history.epochs), history.seconds, [r.mean() for r in right])
+    memory = peak_memory_gib()  # before the peers raise it
+    for name, label in (("public", "public solution"), ("lightning", "Lightning tutorial")):
+        result = train_peer(name, train, test, history.seconds)
+        if result["after_10"]:
+            row(f"{label}, its own 10 epochs", 10, *result["after_10"])
+        row(f"{label}, same wall time", result["epochs"], result["seconds"], result["accuracies"])
+    print(f"\nPeak resident memory of this recipe's training, all of CIFAR-10 included: {memory:.2f} GiB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="finish in 2 minutes")
+    parser.add_argument("--speed", action="store_true", help="measure speed only, train nothing to its end")
     parser.add_argument("--seeds", type=int, default=0, metavar="N", help="train the swapped network and its twin for N seeds")
     parser.add_argument("--pretrained", action="store_true", help="with --seeds: start from torchvision's weights")
     parser.add_argument("--data-dir", default=str(Path(__file__).resolve().parent.parent / "data"))
@@ -295,34 +320,18 @@ def main():
         compare_seeds(train, test, args.seeds, recipe, args.image_size, args.batch_size, dtype, args.pretrained)
         return
 
-    def row(label, epochs, seconds, accuracies):
-        images = epochs * (int(0.9 * len(train[1])) // args.batch_size) * args.batch_size
-        plain, mirrored = accuracies
-        print(f"| {label} | {epochs:.1f} | {seconds / epochs:.1f} | {images / seconds:.0f} | {seconds / 60:.1f} min "
-              f"| {plain:.1%} | {mirrored:.1%} |", flush=True)
-
-    print("| recipe | epochs | s an epoch | images/s | training | test, plain | test, mirror-averaged |\n"
-          "| --- | --- | --- | --- | --- | --- | --- |")
-    history, *right = train_ours(train, test, 1337, recipe, args.image_size, args.batch_size, dtype)
-    row("this one (with validation)", len(history.epochs), history.seconds, [r.mean() for r in right])
-    memory = peak_memory_gib()  # before the peers raise it
-    for name, label in (("public", "public solution"), ("lightning", "Lightning tutorial")):
-        result = train_peer(name, train, test, history.seconds)
-        if result["after_10"]:
-            row(f"{label}, its own 10 epochs", 10, *result["after_10"])
-        row(f"{label}, same wall time", result["epochs"], result["seconds"], result["accuracies"])
-
+    if not args.speed:
+        compare_recipes(train, test, recipe, args.image_size, args.batch_size, dtype)
     print("\n| image side | images/s | of the bare loop | of the bare loop, plain convolutions | loading share |\n"
           "| --- | --- | --- | --- | --- |")
     for size in (32, 64) if args.quick else (32, 48, 64, 96, 128):
         rate, ratio, plain, loading = measure_speed(
-            train, recipe, size, args.batch_size, dtype, steps=4 if args.quick else 20)
+            train, recipe, size, args.batch_size, dtype, steps=4 if args.quick else 10, rounds=3 if args.quick else 5)
         print(f"| {size} px | {rate:.0f} | {ratio:.1%} | {plain:.1%} | {loading:.1%} |", flush=True)
     print(f"\n| training images | s an epoch at {args.image_size} px |\n| --- | --- |")
     for share in (0.25, 0.5, 1):
         seconds, n = seconds_an_epoch(train, share, recipe, args.image_size, args.batch_size, dtype)
         print(f"| {n:,} | {seconds:.1f} |", flush=True)
-    print(f"\nPeak resident memory of this recipe's training, all of CIFAR-10 included: {memory:.2f} GiB")
 
 
 if __name__ == "__main__":

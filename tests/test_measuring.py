@@ -150,7 +150,7 @@ def test_the_analysis_is_made_of_the_numbers_of_the_run():
     text = "\n".join(bullets)
     assert 2 <= len(bullets) <= 6 and all(b.startswith("**") for b in bullets)
     for part in ("The conclusion.", "60% of the inputs", "12.5%", "weights of epoch 2, the best of 2", "92.0%", "80.0%",
-                 "gap of 12.0 points: it overfits", "; stronger augmentation.", "4 of the 4", "cat and dog", "ImageNet weights"):
+                 "gap of 12.0 points: it does not underfit", "; stronger augmentation.", "4 of the 4", "cat and dog", "ImageNet weights"):
         assert part in text, part
     assert "ImageNet" not in "\n".join(analyse(pretrained=True))
     assert "control" not in analyse(control=[])[1]
@@ -164,17 +164,17 @@ def test_the_analysis_is_made_of_the_numbers_of_the_run():
 
 
 @pytest.mark.parametrize("train_accuracy, words, advice", [
-    (0.94, ": no clear over- or underfitting.", "a longer schedule"),
-    (0.96, "6.0 points: it overfits (a gap above 5).", "stronger augmentation"),
-    (0.89, "-1.0 points: it underfits (training images below 90%).", "a longer schedule"),
-    (0.97, ": it overfits (a gap above 5).", "stronger augmentation")])
+    (0.94, ": it does not underfit (at least 90% on training images) and does not clearly overfit (a gap of at most 5 points).", "a longer schedule"),
+    (0.96, "6.0 points: it does not underfit (at least 90% on training images) and overfits (a gap above 5 points).", "stronger augmentation"),
+    (0.89, "-1.0 points: it underfits (below 90% on training images) and does not clearly overfit", "a longer schedule"),
+    (0.97, "and overfits (a gap above 5 points).", "stronger augmentation")])
 def test_the_analysis_judges_the_fit_by_the_best_epoch_on_both_sets(train_accuracy, words, advice):
     history = helpers.History(
         (helpers.EpochMetrics(1, 0.5, 0.7, 0.5, 0.90), helpers.EpochMetrics(2, 0.5, 0.7, 0.5, 0.81)), 1.0)
     text = "\n".join(analyse(history, train_accuracy=train_accuracy))
     assert words in text and advice in text and "epoch 1, the best of 2" in text
     both = "\n".join(analyse(train_accuracy=0.88))
-    assert "it underfits (training images below 90%) and it overfits (a gap above 5)." in both
+    assert "it underfits (below 90% on training images) and overfits (a gap above 5 points)." in both
 
 
 def test_cells_executed_in_order_are_told_from_others(tmp_path):
