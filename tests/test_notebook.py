@@ -84,15 +84,28 @@ def check_outputs(notebook):
     assert "Warning" not in printed(notebook)
 
 
-def run(folder, **parameters):
-    """Execute the notebook in ``folder`` with parameters injected the way papermill does."""
+def put_into(folder):
+    """Copy notebook and helpers into a folder; returns the notebook and its code cells."""
     for path in (NOTEBOOK, ROOT / "helpers.py"):
         shutil.copy(path, folder)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def assignments(parameters):
+    return "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+
+
+def execute(notebook, folder, **options):
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}, **options).execute()
+
+
+def run(folder, **parameters):
+    """Execute the notebook in ``folder`` with parameters injected the way papermill does."""
+    notebook, _ = put_into(folder)
     i = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
-    source = "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())])
-    notebook.cells.insert(i + 1, nbformat.v4.new_code_cell(source))
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    notebook.cells.insert(i + 1, nbformat.v4.new_code_cell("# Parameters\n" + assignments(parameters)))
+    execute(notebook, folder)
     return notebook
 
 
@@ -137,18 +150,14 @@ def test_two_headless_runs_in_two_places_are_equal_but_for_times(executed):
 
 def test_a_cell_run_again_gives_the_same_output(tmp_path):
     write_image_tree(tmp_path / "data", n_train=20, n_test=6)
-    for path in (NOTEBOOK, ROOT / "helpers.py"):
-        shutil.copy(path, tmp_path)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    code[0].source += "\n" + "\n".join(
-        f"{name} = {value!r}" for name, value in {**SMALL, "EPOCHS": 1}.items())
+    notebook, code = put_into(tmp_path)
+    code[0].source += "\n" + assignments({**SMALL, "EPOCHS": 1})
     # Every cell twice in a row, and then, from the surgery on, all once more.
     surgery = next(i for i, cell in enumerate(code) if "replace_relu" in cell.source)
     twice = [nbformat.v4.new_code_cell(cell.source) for cell in code for _ in range(2)]
     again = [nbformat.v4.new_code_cell(cell.source) for cell in code[surgery:]]
     notebook.cells = twice + again
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    execute(notebook, tmp_path)
     runs = zip(twice[::2] + twice[2 * surgery::2], twice[1::2] + again)
     for first, second in runs:
         if "checklist" not in first.source:  # which notices that cells ran twice
@@ -158,8 +167,6 @@ def test_a_cell_run_again_gives_the_same_output(tmp_path):
 
 def test_an_interrupted_training_still_reports_and_is_marked_as_partial(tmp_path):
     write_image_tree(tmp_path / "data", n_train=30, n_test=10)
-    for path in (NOTEBOOK, ROOT / "helpers.py"):
-        shutil.copy(path, tmp_path)
     interrupting = """
 import helpers
 plain_evaluate, calls = helpers.evaluate, []
@@ -176,12 +183,9 @@ helpers.evaluate = evaluate
     # Each training has two epochs, and a call in between measures the fit: the second epoch, then the control's first
     # and second.
     for call in (2, 4, 5):
-        notebook = nbformat.read(NOTEBOOK, as_version=4)
-        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        code[0].source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in SMALL.items())
-        code[0].source += f"\nINTERRUPTED_CALL = {call}\n" + interrupting
-        NotebookClient(
-            notebook, timeout=600, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        notebook, code = put_into(tmp_path)
+        code[0].source += "\n" + assignments({**SMALL, "INTERRUPTED_CALL": call}) + interrupting
+        execute(notebook, tmp_path, allow_errors=True)
         errors = [o.ename for cell in code for o in cell.outputs if o.output_type == "error"]
         assert errors == (["KeyboardInterrupt"] if call == 4 else [])
         texts[call] = printed(notebook)
@@ -215,15 +219,12 @@ def test_other_parameters_and_loaded_weights_run_through(tmp_path, monkeypatch):
 
 def test_a_control_that_diverges_leaves_the_report_whole(tmp_path):
     write_image_tree(tmp_path / "data", n_train=30, n_test=10)
-    for path in (NOTEBOOK, ROOT / "helpers.py"):
-        shutil.copy(path, tmp_path)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    code[0].source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in {**SMALL, "EPOCHS": 1}.items())
+    notebook, code = put_into(tmp_path)
+    code[0].source += "\n" + assignments({**SMALL, "EPOCHS": 1})
     control = next(cell for cell in code if "twin = " in cell.source)
     control.source = control.source.replace(
         "    try:\n", "    twin.fc.bias.data.fill_(float('nan'))\n    try:\n")
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    execute(notebook, tmp_path)
     text = printed(notebook)
     assert "No control: its training failed: the loss is nan" in text and "Test Acc: " in text
     assert "[ ] Analysis tied to a complete control run" in text
