@@ -1,11 +1,12 @@
-"""Measure the recipe against its peers, on the CIFAR-10 in ``data/``. Run by hand; pytest leaves it alone.
+"""Measure the recipe, on the CIFAR-10 in ``data/``. Run by hand; pytest leaves it alone.
 
-    python tests/benchmark.py              # one table: this recipe and two public ones, same wall time
-    python tests/benchmark.py --speed      # only the speed part of it
-    python tests/benchmark.py --quick      # the same in 2 minutes: 2 epochs, an eighth of the images
-    python tests/benchmark.py --seeds 3    # the swapped network and its ReLU twin, for 3 seeds
+    python tests/benchmark.py                # this recipe and two public ones, same wall time
+    python tests/benchmark.py --speed        # the training loop against the bare loop
+    python tests/benchmark.py --ablation     # what each part of the recipe brings, cross-validated
+    python tests/benchmark.py --seeds 3      # the swapped network and its control, for 3 seeds
 
-Accuracies are on the test images, read once per finished training; nothing is chosen by them.
+``--quick`` makes any of them short, on fewer images. Test images are read once per finished
+training and choose nothing; the ablation uses the training images alone.
 """
 
 import argparse
@@ -21,10 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from scipy import stats
+from sklearn.model_selection import StratifiedKFold
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision import models, transforms
 
 import helpers
@@ -36,19 +40,17 @@ DEVICE = torch.device("cpu")
 def load(data_dir):
     cifar10 = helpers.load_cifar10(data_dir, allow_stand_in=False, seed=0)
     id_mapping, _ = helpers.class_mapping(CLASS_NAMES)
-    train = helpers.filter_and_relabel(cifar10.train_images, cifar10.train_labels, id_mapping)
-    test = helpers.filter_and_relabel(cifar10.test_images, cifar10.test_labels, id_mapping)
     print(f"Data source: {cifar10.source}")
-    return train, test
+    return tuple(helpers.filter_and_relabel(images, labels, id_mapping) for images, labels in (
+        (cifar10.train_images, cifar10.train_labels), (cifar10.test_images, cifar10.test_labels)))
 
 
 def split(train, seed):
     images, labels = train
-    train_ids, val_ids = helpers.stratified_split(labels, 0.1, seed)
-    return (images[train_ids], labels[train_ids]), (images[val_ids], labels[val_ids])
+    return [(images[ids], labels[ids]) for ids in helpers.stratified_split(labels, 0.1, seed)]
 
 
-def swapped_network(seed, pretrained=False, swap=True):
+def network(seed, pretrained=False, swap=True):
     model = helpers.build_model("resnet18", seed)
     if pretrained:
         problem = helpers.load_imagenet_weights(model, "resnet18")
@@ -60,35 +62,237 @@ def swapped_network(seed, pretrained=False, swap=True):
     return model
 
 
-@torch.inference_mode()
-def which_are_right(model, batches, dtype):
-    """Which images a model gets right, by plain logits and averaged with the mirror image's: two bool arrays."""
-    model.eval()
-    plain, mirrored = [], []
-    for images, targets in batches:
-        with helpers.autocast(DEVICE, dtype):
-            a, b = model(images).float(), model(images.flip(-1)).float()
-        plain.append(a.argmax(1) == targets)
-        mirrored.append((a + b).argmax(1) == targets)
-    return torch.cat(plain).numpy(), torch.cat(mirrored).numpy()
+def processor():
+    """Name and matrix-product rates in GFLOP/s: 2,048 x 2,048, the best of 10."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = {key: next((line.split(":")[1].strip() for line in lines if line.startswith(key)), "?")
+                 for key in ("model name", "cpu family", "model\t")}
+        name = "{model name} (family {cpu family}, model {model\t})".format(**found)
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(2048, 2048).to(dtype)
+        rates[dtype] = 2 * 2048**3 / min(timed(lambda: a @ a) for _ in range(10)) / 1e9
+    return f"{name}; {rates[torch.float32]:.0f} GFLOP/s in float32, {rates[torch.bfloat16]:.0f} in bfloat16"
 
 
-def train_ours(train, test, seed, recipe, image_size, batch_size, dtype, swap=True, pretrained=False):
-    """One training as in the notebook. Returns (history, which test images are right: plain, mirror-averaged)."""
+def timed(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def accuracies(model, loader, dtype):
+    """Which images a model gets right, by plain logits and averaged with the mirror image's."""
+    right = []
+    for mirror in (False, True):
+        probabilities, targets = helpers.predict(model, loader, DEVICE, dtype, mirror)
+        right.append(probabilities.argmax(1) == targets)
+    return right
+
+
+def train_ours(train, test, seed, recipe, args, dtype, swap=True):
+    """One training as in the notebook: (history, which test images are right: plain, mirrored)."""
     fitting, validating = split(train, seed)
-    train_loader = helpers.make_loader(*fitting, helpers.train_transform, image_size, batch_size, seed)
-    val_loader = helpers.make_loader(*validating, helpers.eval_transform, image_size, batch_size, seed)
-    test_loader = helpers.make_loader(*test, helpers.eval_transform, image_size, batch_size, seed)
-    model = swapped_network(seed, pretrained, swap)
-    if not pretrained:
-        helpers.whiten_stem(model, fitting[0], image_size)
+    train_loader = helpers.make_loader(*fitting, True, args.image_size, args.batch_size, seed)
+    val_loader, test_loader = (
+        helpers.make_loader(*part, False, args.image_size, args.batch_size, seed)
+        for part in (validating, test))
+    model = network(seed, args.pretrained, swap)
     history = helpers.fit(
-        model, recipe, train_loader, val_loader, image_size, DEVICE, dtype, seed,
+        model, recipe, train_loader, val_loader, args.image_size, DEVICE, dtype, seed,
         on_epoch=lambda line: print("   ", line, file=sys.stderr))
-    return history, *which_are_right(model, test_loader, dtype)
+    return history, *accuracies(model, test_loader, dtype)
 
 
-# --- two public recipes, with the same swap and initialisation: PIL transforms, DataLoader, float32 ---
+def compare_seeds(train, test, recipe, args, dtype):
+    """The swapped network and its control from the same weights, seed by seed."""
+    print("| seed | SiLU test | ReLU test | difference, points | training |\n"
+          "| --- | --- | --- | --- | --- |")
+    rows = []
+    for seed in range(1337, 1337 + args.seeds):
+        (h, _, a), (_, _, b) = (
+            train_ours(train, test, seed, recipe, args, dtype, swap) for swap in (True, False))
+        rows.append((a.mean(), b.mean(), a.mean() - b.mean()))
+        print(f"| {seed} | {a.mean():.1%} | {b.mean():.1%} | {100 * rows[-1][2]:+.1f} | "
+              f"{h.seconds / 60:.1f} min |", flush=True)
+    if args.seeds > 1:
+        means, deviations = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1)
+        print(f"| mean ± s.d. | {means[0]:.1%} ± {100 * deviations[0]:.1f} | {means[1]:.1%} ± "
+              f"{100 * deviations[1]:.1f} | {100 * means[2]:+.1f} ± {100 * deviations[2]:.1f} | |")
+        half = stats.t.ppf(0.975, args.seeds - 1) * deviations[2] / math.sqrt(args.seeds)
+        print(f"Difference over {args.seeds} seeds: {100 * means[2]:+.1f} points (95% t interval "
+              f"{100 * (means[2] - half):+.1f} to {100 * (means[2] + half):+.1f})")
+
+
+# ==== Ablation ===================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to train: the recipe, with one part changed. ``sizes`` has the pixels of each epoch.
+
+    Where a step costs more or less than the recipe's, the number of epochs makes up for it.
+    """
+
+    what: str
+    sizes: tuple = (32, 32, 64)
+    optimiser: str = "muon"
+    muon_lr: float = 5e-3
+    adamw_lr: float = 3e-3
+    batch_size: int = 128
+    smoothing: float = helpers.RECIPES["random"].label_smoothing
+    zero_init: bool = False
+    whitened: bool = False
+    average: bool = False
+    alternate: bool = False
+
+
+MORE = (32, 32, 32, 64)  # in the time of the recipe's three epochs
+VARIANTS = {
+    "recipe": Variant("the recipe: Muon, half of the epochs at half size"),
+    "adamw": Variant("AdamW 3e-3 instead of Muon", MORE, "adamw"),
+    "fullsize": Variant("every epoch at 64 px", (64, 64)),
+    "batch": Variant("batch 256, rates 1.4 times as high", MORE, "muon", 7e-3, 4e-3, 256),
+    "nosmooth": Variant("no label smoothing", smoothing=0.0),
+    "white": Variant("first convolution starts at whitening filters", whitened=True),
+    "zero": Variant("residual branches that start at zero", zero_init=True),
+    "middle": Variant("32, 48 and 64 px", (32, 48, 64)),
+    "average": Variant("moving average of the weights, 0.98 a step", average=True),
+    "alternate": Variant("alternating instead of random flips", alternate=True),
+}
+
+
+def whiten_stem(model, images, image_size):
+    """First convolution: leading principal components of patches, and their negatives.
+
+    After Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.2.
+    """
+    weight = model.conv1.weight
+    sample = torch.from_numpy(images[:: max(1, len(images) // 500)]).permute(0, 3, 1, 2)
+    inputs = helpers.make_transform(False, image_size)(sample)
+    patches = F.unfold(inputs, weight.shape[2:], stride=8).transpose(1, 2).flatten(0, 1)
+    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending
+    filters = (components / (variances + 1e-3).sqrt()).T.flip(0)[: len(weight) // 2]
+    with torch.no_grad():
+        weight.copy_(torch.cat([filters, -filters]).view(weight.shape))
+
+
+class AlternatingFlips(helpers.ImageBatches):
+    """Each image is mirrored in every second epoch, beginning at random."""
+
+    def prepare(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.first, self.epoch = torch.randint(0, 2, (len(self),), generator=generator), 0
+
+    def set_image_size(self, image_size):
+        super().set_image_size(image_size)
+        self.transform.transforms = [
+            t for t in self.transform.transforms if "Flip" not in repr(t)]
+
+    def __getitem__(self, indices):
+        images, targets = super().__getitem__(indices)
+        mirrored = (self.first[torch.as_tensor(indices)] + self.epoch) % 2 == 1
+        images[mirrored] = images[mirrored].flip(-1)
+        return images, targets
+
+
+def make_variant(variant, images, seed, dtype):
+    """(model, optimiser) of a variant."""
+    model = network(seed)
+    if variant.zero_init:  # the same draws, then zeros
+        for module in model.modules():
+            if isinstance(module, models.resnet.BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+    if variant.whitened:
+        whiten_stem(model, images, 64)
+    recipe = dataclasses.replace(
+        helpers.RECIPES["random"], muon_lr=variant.muon_lr, adamw_lr=variant.adamw_lr)
+    optimizer = helpers.make_optimizer(model, recipe, dtype)
+    if variant.optimiser == "adamw":
+        groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
+                  {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, variant.adamw_lr, weight_decay=recipe.weight_decay)
+    return model.to(memory_format=torch.channels_last), optimizer
+
+
+def train_variant(variant, fitting, held_out, seed, dtype):
+    """Train on one part, and return which of the held-out images are right."""
+    loader = helpers.make_loader(*fitting, True, 64, variant.batch_size, seed)
+    held_out_loader = helpers.make_loader(*held_out, False, 64, 128, seed)
+    if variant.alternate:
+        loader.dataset.__class__ = AlternatingFlips
+        loader.dataset.prepare(seed)
+    model, optimizer = make_variant(variant, fitting[0], seed, dtype)
+    helpers.seed_everything(seed, [loader.generator])
+    criterion = nn.CrossEntropyLoss(label_smoothing=variant.smoothing)
+    n_steps, share = len(variant.sizes) * len(loader), helpers.RECIPES["random"].warmup_share
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: helpers.one_cycle(step, n_steps, share))
+    averaged = AveragedModel(
+        model, use_buffers=True,
+        avg_fn=lambda a, p, n: torch.lerp(a, p, 0.02) if a.is_floating_point() else p)
+    for epoch, size in enumerate(variant.sizes):
+        loader.dataset.set_image_size(size)
+        loader.dataset.epoch = epoch
+        helpers.train_one_epoch(
+            model, criterion, optimizer, scheduler, loader, DEVICE, dtype,
+            lambda step, n: variant.average and averaged.update_parameters(model))
+    _, right = accuracies(averaged.module if variant.average else model, held_out_loader, dtype)
+    return right
+
+
+def step_seconds(variant, size, dtype, as_matmul=True, steps=6):
+    """Median seconds of a step on one resident batch, the first left out."""
+    model, optimizer = make_variant(variant, np.zeros((512, 32, 32, 3), np.uint8), 0, dtype)
+    batch = (torch.randn(variant.batch_size, 3, size, size), torch.zeros(variant.batch_size).long())
+    ends = []
+    small_maps = helpers.small_maps_as_matmul
+    if not as_matmul:
+        helpers.small_maps_as_matmul = lambda model, device, dtype: small_maps(
+            model, device, torch.float32)
+    try:
+        helpers.train_one_epoch(
+            model, nn.CrossEntropyLoss(), optimizer,
+            torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), [batch] * steps, DEVICE, dtype,
+            lambda step, n: ends.append(time.perf_counter()))
+    finally:
+        helpers.small_maps_as_matmul = small_maps
+    return float(np.median(np.diff(ends)))
+
+
+def ablate(train, args, dtype):
+    """Cross-validated accuracy of each variant against the recipe's, on the training images."""
+    images, labels = train
+    folds = list(StratifiedKFold(3, shuffle=True, random_state=1337).split(images, labels))
+    folds = folds[: args.folds]
+    print("A step of 128 images in ms, 32 and 64 px, and the same without the matrix products:")
+    for d in (torch.float32, torch.bfloat16):
+        times = [1000 * step_seconds(VARIANTS["recipe"], size, d, as_matmul)
+                 for as_matmul in (True, False) for size in (32, 64)]
+        print(f"{helpers.describe_dtype(d)}: {times[0]:.0f}, {times[1]:.0f}; without "
+              f"{times[2]:.0f}, {times[3]:.0f}")
+    print(f"| variant | epochs at 32, 48, 64 px | min, float32 | min, bfloat16 | accuracy, {len(folds)} "
+          "fold(s) | difference ± s.e., points |\n| --- | --- | --- | --- | --- | --- |")
+    right = {}
+    for name in ["recipe"] + [name for name in args.only or VARIANTS if name != "recipe"]:
+        variant = VARIANTS[name]
+        n_steps = len(folds[0][0]) // variant.batch_size
+        minutes = [
+            sum(n_steps * variant.sizes.count(size) * step_seconds(variant, size, d)
+                for size in set(variant.sizes)) / 60 for d in (torch.float32, torch.bfloat16)]
+        right[name] = np.concatenate([
+            train_variant(variant, (images[a], labels[a]), (images[b], labels[b]), 1337 + i, dtype)
+            for i, (a, b) in enumerate(folds)])
+        paired = right[name].astype(float) - right["recipe"]
+        error = paired.std(ddof=1) / math.sqrt(len(paired))
+        epochs = ", ".join(str(variant.sizes.count(size)) for size in (32, 48, 64))
+        print(f"| {variant.what} | {epochs} | {minutes[0]:.1f} | {minutes[1]:.1f} | "
+              f"{right[name].mean():.1%} | {100 * paired.mean():+.2f} ± {100 * error:.2f} |", flush=True)
+
+
+# ==== Two public recipes, with the same swap: PIL transforms, DataLoader, float32 ================
 
 
 class PILImages(torch.utils.data.Dataset):
@@ -102,236 +306,160 @@ class PILImages(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
 
 
-def public_recipe(steps_per_epoch):
+def public_recipe(steps_per_epoch, epochs):
     """Adam 1e-3, StepLR(7, 0.1), batch 64, 10 epochs, 32x32."""
-    model = swapped_network(seed=1337)
+    model = network(seed=1337)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 7 * steps_per_epoch, 0.1)
-    return model, optimizer, schedule
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 7 * steps_per_epoch, 0.1)
 
 
 def lightning_recipe(steps_per_epoch, epochs):
-    """3x3 stride-1 stem, no max-pool, SGD with a one-cycle rate up to 0.1, weight decay 5e-4, batch 64."""
-    model = swapped_network(seed=1337)
+    """3x3 stride-1 stem, no max-pool, SGD with a one-cycle rate up to 0.1, decay 5e-4, batch 64."""
+    model = network(seed=1337)
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps_per_epoch * epochs)
-    return model, optimizer, schedule
+    return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.1, total_steps=steps_per_epoch * epochs)
 
 
-def train_peer(name, train, test, seconds):
-    """Train a public recipe for the given wall time, without validation; the last weights are tested.
+PEERS = {"public solution": public_recipe, "Lightning tutorial": lightning_recipe}
 
-    The one-cycle schedule is shaped for the epochs that fit. The public solution's steps stay where they are;
-    ``after_10`` is its (seconds, accuracies) after the 10 epochs that its author trained, if it got so far.
-    """
+
+def train_peer(make, train, test, seconds):
+    """Train a public recipe for the given wall time, without validation; the last weights count."""
     normalise = [transforms.ToTensor(), transforms.Normalize(helpers.MEAN, helpers.STD)]
     augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-    (images, labels), _ = split(train, 1337)
+    fitting, _ = split(train, 1337)
     torch.manual_seed(1337)
     loader = torch.utils.data.DataLoader(
-        PILImages(images, labels, transforms.Compose(augment + normalise)), batch_size=64, shuffle=True, drop_last=True)
-    test_loader = torch.utils.data.DataLoader(
-        PILImages(*test, transforms.Compose(normalise)), batch_size=256)
-    make = {"public": lambda: public_recipe(len(loader)), "lightning": lambda: lightning_recipe(len(loader), epochs)}[name]
-    criterion = nn.CrossEntropyLoss()
+        PILImages(*fitting, transforms.Compose(augment + normalise)), 64, shuffle=True, drop_last=True)
+    test_loader = torch.utils.data.DataLoader(PILImages(*test, transforms.Compose(normalise)), 256)
 
     def step(model, optimizer, schedule, images, labels):
         optimizer.zero_grad()
-        criterion(model(images), labels).backward()
+        F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         schedule.step()
 
-    epochs = 1000  # first a few steps for the speed, then as many epochs as fit
-    state, batches = make(), iter(loader)
+    state, batches = make(len(loader), 1000), iter(loader)  # a few steps for the speed
     [step(*state, *next(batches)) for _ in range(3)]
-    start = time.perf_counter()
-    [step(*state, *next(batches)) for _ in range(8)]
-    epochs = max(1, round(seconds / ((time.perf_counter() - start) / 8 * len(loader))))
+    a_step = timed(lambda: [step(*state, *next(batches)) for _ in range(8)]) / 8
+    epochs = max(1, round(seconds / (a_step * len(loader))))
     torch.manual_seed(1337)
-    state = make()
-    model = state[0]
-
-    def accuracies():
-        return [right.mean() for right in which_are_right(model, test_loader, torch.float32)]
-
-    seen, taken, after_10 = 0, 0.0, None
-    for epoch in range(1, epochs + 1):
-        model.train()
-        start = time.perf_counter()
-        for images, labels in loader:
-            step(*state, images, labels)
-            seen += len(labels)
-            if taken + time.perf_counter() - start > 1.1 * seconds:
-                break
-        taken += time.perf_counter() - start
-        if taken > 1.1 * seconds:
+    state = make(len(loader), epochs)
+    seen, start = 0, time.perf_counter()
+    state[0].train()
+    for images, labels in (batch for _ in range(epochs) for batch in loader):
+        step(*state, images, labels)
+        seen += len(labels)
+        if time.perf_counter() - start > 1.1 * seconds:
             break
-        if epoch == 10 and name == "public":
-            after_10 = (taken, accuracies())
-    return dict(seconds=taken, epochs=seen / (len(loader) * 64), accuracies=accuracies(), after_10=after_10)
+    taken = time.perf_counter() - start
+    return seen, taken, [right.mean() for right in accuracies(state[0], test_loader, torch.float32)]
 
 
-# --- speed -----------------------------------------------------------------------------------------
+def compare_recipes(train, test, recipe, args, dtype):
+    """Print the accuracy table: this recipe, then its peers in the same wall time."""
+    n_train = len(split(train, 1337)[0][1])
+
+    def row(label, seen, seconds, tested):
+        print(f"| {label} | {seen / n_train:.1f} | {seen / seconds:.0f} | {seconds / 60:.1f} min | "
+              f"{tested[0]:.1%} | {tested[1]:.1%} |", flush=True)
+
+    print("| recipe | epochs | images/s | training | test, plain | test, mirror-averaged |\n"
+          "| --- | --- | --- | --- | --- | --- |")
+    history, *right = train_ours(train, test, 1337, recipe, args, dtype)
+    row("this one (with validation)", len(history.epochs) * n_train, history.seconds,
+        [r.mean() for r in right])
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before the peers raise it
+    for label, make in PEERS.items():
+        row(f"{label}, same wall time", *train_peer(make, train, test, history.seconds))
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    print(f"\nPeak resident memory of this recipe's training: {memory / unit:.2f} GiB")
 
 
-def measure_speed(train, recipe, image_size, batch_size, dtype, steps, rounds):
-    """The real loop against forward/backward/step on one resident batch: medians of several rounds.
+# ==== Speed ======================================================================================
 
-    Returns images/s of the real loop, its share of the bare loop's, the same for a bare loop with
-    torchvision's convolutions as they are, and the share of time that loading takes.
+
+def measure_speed(train, recipe, size, batch_size, dtype, steps, rounds):
+    """(images/s, share of the bare loop's speed, share of time that loading takes), medians.
+
+    The bare loop is forward, backward and step on one resident batch, with the same convolutions.
     """
-    (images, labels), _ = split(train, 1337)
-    loader = helpers.make_loader(images, labels, helpers.train_transform, image_size, batch_size, 1337)
-    model = swapped_network(1337).to(memory_format=torch.channels_last).train()
+    fitting, _ = split(train, 1337)
+    loader = helpers.make_loader(*fitting, True, size, batch_size, 1337)
+    model = network(1337).to(memory_format=torch.channels_last).train()
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     optimizer = helpers.make_optimizer(model, recipe, dtype)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     x, y = helpers.to_device(*next(iter(loader)), DEVICE)
 
+    def few():
+        return (batch for _, batch in zip(range(steps), loader))
+
+    def real():
+        helpers.train_one_epoch(
+            model, criterion, optimizer, scheduler, few(), DEVICE, dtype)
+
     def bare():
-        with helpers.autocast(DEVICE, dtype):
-            loss = criterion(model(x).float(), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with helpers.small_maps_as_matmul(model, DEVICE, dtype):
+            for _ in range(steps):
+                with helpers.autocast(DEVICE, dtype):
+                    loss = criterion(model(x).float(), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
 
-    def real(batches):
-        helpers.train_one_epoch(model, criterion, optimizer, scheduler, batches, DEVICE, dtype)
-
-    def load():
-        for _, batch in zip(range(steps), loader):
+    def loading():
+        for batch in few():
             helpers.to_device(*batch, DEVICE)
 
-    class Few:
-        def __iter__(self):
-            return (batch for _, batch in zip(range(steps), loader))
-
-    def timed(work):
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    def bare_loop():
-        for _ in range(steps):
-            bare()
-
-    def bare_loop_of_ours():
-        with helpers.small_maps_as_matmul(model):
-            bare_loop()
-
-    works = (lambda: real(Few()), bare_loop_of_ours, bare_loop, load)
+    works = real, bare, loading
     [work() for work in works]
     # In turns, so that a machine that slows down or speeds up does so for all of them.
-    real_s, bare_s, plain_s, load_s = np.median([[timed(work) for work in works] for _ in range(rounds)], axis=0)
-    return steps * batch_size / real_s, bare_s / real_s, plain_s / real_s, load_s / real_s
-
-
-def seconds_an_epoch(train, share, recipe, image_size, batch_size, dtype):
-    """Seconds of one training epoch on a share of the training images, and their number."""
-    (images, labels), _ = split(train, 1337)
-    images, labels = (part[:: int(1 / share)] for part in (images, labels))
-    loader = helpers.make_loader(images, labels, helpers.train_transform, image_size, batch_size, 1337)
-    model = swapped_network(1337).to(memory_format=torch.channels_last)
-    optimizer = helpers.make_optimizer(model, recipe, dtype)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    start = time.perf_counter()
-    helpers.train_one_epoch(model, nn.CrossEntropyLoss(), optimizer, scheduler, loader, DEVICE, dtype)
-    return time.perf_counter() - start, len(loader) * batch_size
-
-
-def peak_memory_gib():
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
-
-
-def mean_and_deviation(values):
-    values = np.asarray(values, dtype=float)
-    return values.mean(), values.std(ddof=1) if len(values) > 1 else math.nan
-
-
-def compare_seeds(train, test, n_seeds, recipe, image_size, batch_size, dtype, pretrained):
-    rows = []
-    for seed in range(1337, 1337 + n_seeds):
-        (h, _, a), (_, _, b) = (
-            train_ours(train, test, seed, recipe, image_size, batch_size, dtype, swap, pretrained)
-            for swap in (True, False))
-        rows.append((a.mean(), b.mean(), h.seconds))
-        print(f"| {seed} | {a.mean():.1%} | {b.mean():.1%} | {100 * (a.mean() - b.mean()):+.1f} | {h.seconds / 60:.1f} min |", flush=True)
-    swapped, control, _ = map(np.array, zip(*rows))
-    (m_a, s_a), (m_b, s_b), (m_d, s_d) = map(mean_and_deviation, (swapped, control, swapped - control))
-    print(f"| mean ± s.d. | {m_a:.1%} ± {100 * s_a:.1f} | {m_b:.1%} ± {100 * s_b:.1f} | {100 * m_d:+.1f} ± {100 * s_d:.1f} | |")
-    if n_seeds > 1:
-        half = stats.t.ppf(0.975, n_seeds - 1) * s_d / math.sqrt(n_seeds)
-        print(f"Difference over {n_seeds} seeds: {100 * m_d:+.1f} points (95% t interval {100 * (m_d - half):+.1f} to {100 * (m_d + half):+.1f})")
-
-
-def compare_recipes(train, test, recipe, image_size, batch_size, dtype):
-    """Print the accuracy table: this recipe, then its peers in the same wall time."""
-
-    def row(label, epochs, seconds, accuracies):
-        images = epochs * (int(0.9 * len(train[1])) // batch_size) * batch_size
-        plain, mirrored = accuracies
-        print(f"| {label} | {epochs:.1f} | {seconds / epochs:.1f} | {images / seconds:.0f} | {seconds / 60:.1f} min "
-              f"| {plain:.1%} | {mirrored:.1%} |", flush=True)
-
-    print("| recipe | epochs | s an epoch | images/s | training | test, plain | test, mirror-averaged |\n"
-          "| --- | --- | --- | --- | --- | --- | --- |")
-    history, *right = train_ours(train, test, 1337, recipe, image_size, batch_size, dtype)
-    row("this one (with validation)", len(history.epochs), history.seconds, [r.mean() for r in right])
-    memory = peak_memory_gib()  # before the peers raise it
-    for name, label in (("public", "public solution"), ("lightning", "Lightning tutorial")):
-        result = train_peer(name, train, test, history.seconds)
-        if result["after_10"]:
-            row(f"{label}, its own 10 epochs", 10, *result["after_10"])
-        row(f"{label}, same wall time", result["epochs"], result["seconds"], result["accuracies"])
-    print(f"\nPeak resident memory of this recipe's training, all of CIFAR-10 included: {memory:.2f} GiB")
+    times = np.median([[timed(work) for work in works] for _ in range(rounds)], axis=0)
+    return steps * batch_size / times[0], times[1] / times[0], times[2] / times[0]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="finish in 2 minutes")
-    parser.add_argument("--speed", action="store_true", help="measure speed only, train nothing to its end")
-    parser.add_argument("--seeds", type=int, default=0, metavar="N", help="train the swapped network and its twin for N seeds")
-    parser.add_argument("--pretrained", action="store_true", help="with --seeds: start from torchvision's weights")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2 epochs, an eighth of the images")
+    parser.add_argument("--speed", action="store_true", help="only the speed of the loop")
+    parser.add_argument("--ablation", action="store_true", help="what each part brings")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="variants of the ablation")
+    parser.add_argument("--folds", type=int, default=3, help="of the ablation, 1 to 3")
+    parser.add_argument("--seeds", type=int, default=0, metavar="N", help="pairs to train")
+    parser.add_argument("--pretrained", action="store_true", help="start from torchvision's weights")
     parser.add_argument("--data-dir", default=str(Path(__file__).resolve().parent.parent / "data"))
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own number")
     parser.add_argument("--precision", default="bfloat16", choices=["float32", "bfloat16"])
     args = parser.parse_args()
-    if args.pretrained and not args.seeds:
-        parser.error("--pretrained needs --seeds N")
 
     helpers.seed_everything(1337)
     dtype = getattr(torch, args.precision)
     recipe = helpers.RECIPES["pretrained" if args.pretrained else "random"]
     if args.epochs or args.quick:
         recipe = dataclasses.replace(recipe, epochs=args.epochs or 2)
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-          f"torch {torch.__version__}, torchvision {torchvision.__version__}, {args.precision}")
+    print(f"{processor()}; {torch.get_num_threads()} threads\n{args.precision}, "
+          f"{helpers.environment_summary(DEVICE)}")
     train, test = load(args.data_dir)
     if args.quick:
-        train, test = (tuple(part[::8] for part in arrays) for arrays in (train, test))  # of every class
-
+        train, test = (tuple(part[::8] for part in arrays) for arrays in (train, test))
     if args.seeds:
-        print("| seed | SiLU test | ReLU test | difference, points | training |\n| --- | --- | --- | --- | --- |")
-        compare_seeds(train, test, args.seeds, recipe, args.image_size, args.batch_size, dtype, args.pretrained)
-        return
-
+        return compare_seeds(train, test, recipe, args, dtype)
+    if args.ablation:
+        return ablate(train, args, dtype)
     if not args.speed:
-        compare_recipes(train, test, recipe, args.image_size, args.batch_size, dtype)
-    print("\n| image side | images/s | of the bare loop | of the bare loop, plain convolutions | loading share |\n"
-          "| --- | --- | --- | --- | --- |")
-    for size in (32, 64) if args.quick else (32, 48, 64, 96, 128):
-        rate, ratio, plain, loading = measure_speed(
-            train, recipe, size, args.batch_size, dtype, steps=4 if args.quick else 10, rounds=3 if args.quick else 5)
-        print(f"| {size} px | {rate:.0f} | {ratio:.1%} | {plain:.1%} | {loading:.1%} |", flush=True)
-    print(f"\n| training images | s an epoch at {args.image_size} px |\n| --- | --- |")
-    for share in (0.25, 0.5, 1):
-        seconds, n = seconds_an_epoch(train, share, recipe, args.image_size, args.batch_size, dtype)
-        print(f"| {n:,} | {seconds:.1f} |", flush=True)
+        compare_recipes(train, test, recipe, args, dtype)
+    print("\n| image side | images/s | of the bare loop | loading |\n| --- | --- | --- | --- |")
+    for size in (32, 64) if args.quick else (32, 48, 64, 96):
+        rate, ratio, loading = measure_speed(
+            train, recipe, size, args.batch_size, dtype, *((4, 3) if args.quick else (10, 5)))
+        print(f"| {size} px | {rate:.0f} | {ratio:.1%} | {loading:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # here only: a kernel that a test starts shows its figures
+matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -53,18 +53,18 @@ def labelled_images():
 def loaders(labelled_images):
     images, labels = labelled_images
     return (
-        helpers.make_loader(images[:72], labels[:72], helpers.train_transform, 32, 24, seed=7),
-        helpers.make_loader(images[72:], labels[72:], helpers.eval_transform, 32, 24, seed=7),
-    )
+        helpers.make_loader(images[:72], labels[:72], True, 32, 24, seed=7),
+        helpers.make_loader(images[72:], labels[72:], False, 32, 24, seed=7))
 
 
 def write_image_tree(data_dir, n_train=24, n_test=8, suffix=".png"):
-    """The layout of the image-folder copies of CIFAR-10, filled with generated shapes."""
-    shapes = helpers.make_stand_in(seed=3, n_train=n_train, n_test=n_test)
-    for split in ("train", "test"):
-        images, labels = getattr(shapes, f"{split}_images"), getattr(shapes, f"{split}_labels")
-        for i, (image, label) in enumerate(zip(images, labels)):
-            folder = Path(data_dir) / helpers.IMAGE_FOLDERS / split / helpers.CIFAR10_CLASSES[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(folder / f"{i:05d}{suffix}")
-    return shapes
+    """The layout of the image-folder copies of CIFAR-10, filled with the stand-in's digits."""
+    digits = helpers.make_stand_in(seed=3)
+    for split, n in (("train", n_train), ("test", n_test)):
+        images, labels = getattr(digits, f"{split}_images"), getattr(digits, f"{split}_labels")
+        for label, name in enumerate(helpers.CIFAR10_CLASSES):
+            folder = Path(data_dir) / helpers.IMAGE_FOLDERS / split / name
+            folder.mkdir(parents=True)
+            for i, image in enumerate(images[labels == label][:n]):
+                Image.fromarray(image).save(folder / f"{i:05d}{suffix}")
+    return digits

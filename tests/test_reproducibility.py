@@ -1,116 +1,96 @@
-"""The first room of helpers.py: parameters, seeds, summaries."""
+"""The first section of helpers.py: parameters, seeds, device, summaries, progress."""
 
 import hashlib
+import os
 import random
 import re
+import sys
 import types
 from pathlib import Path
 
+import IPython.display
+import nbformat
 import numpy as np
 import pytest
 import torch
 
 import helpers
+from conftest import ROOT
 
-GOOD = dict(
-    SEED=1337, MODEL_NAME="resnet18", PRETRAINED=True, ALT_ACTIVATION="SiLU", FIRST_REPLACED=7,
-    CLASS_NAMES=["cat", "dog", "airplane"], VAL_FRACTION=0.1, IMAGE_SIZE=64, BATCH_SIZE=64, EPOCHS=None,
-    DATA_DIR="data", ALLOW_STAND_IN=True, PRECISION="auto", RUN_CONTROL=True, TIME_BUDGET_MINUTES=20,
-)
+CELLS = nbformat.read(ROOT / "ML_Assessment_Candidate.ipynb", as_version=4).cells
+DEFAULTS = {}
+exec(next(c.source for c in CELLS if "parameters" in c.metadata.get("tags", [])), {}, DEFAULTS)
 
 ALLOWED = {
-    "SEED": [0, 2**32 - 1],
-    "MODEL_NAME": ["resnet34", "resnet50"],
-    "PRETRAINED": [False],
-    "ALT_ACTIVATION": ["GELU", "LeakyReLU"],
-    "FIRST_REPLACED": [1, 9],
-    "CLASS_NAMES": [["cat", "dog"], ("ship", "truck", "frog")],
-    "VAL_FRACTION": [0.01, 0.5],
-    "IMAGE_SIZE": [32, 256],
-    "BATCH_SIZE": [2, 1024],
-    "EPOCHS": [1, 1000],
-    "DATA_DIR": ["elsewhere"],
-    "ALLOW_STAND_IN": [False],
-    "PRECISION": ["float32", "bfloat16"],
-    "RUN_CONTROL": [False],
-    "TIME_BUDGET_MINUTES": [0.5, 1440],
-}
-
+    "SEED": [0, 2**32 - 1], "MODEL_NAME": list(helpers.MODELS), "PRETRAINED": [True, False],
+    "ALT_ACTIVATION": list(helpers.ACTIVATIONS), "FIRST_REPLACED": [1, 9],
+    "CLASS_NAMES": [["cat", "dog"], ("ship", "truck", "frog")], "VAL_FRACTION": [0.01, 0.5],
+    "IMAGE_SIZE": [32, 256], "BATCH_SIZE": [2, 1024], "DATA_DIR": ["elsewhere", Path("a") / "b"],
+    "ALLOW_STAND_IN": [True, False], "PRECISION": ["auto", "float32", "bfloat16"],
+    "RUN_CONTROL": [True, False], "TIME_BUDGET_MINUTES": [0.5, 1440], "EPOCHS": [None, 1, 1000]}
 REFUSED = {
-    "SEED": ["1337", 1.0, True, None, -1, 2**32],
-    "MODEL_NAME": ["resnet101", 18, None, ["resnet18"]],
-    "PRETRAINED": [1, "yes", None],
-    "ALT_ACTIVATION": ["ReLU", "silu", None, ["SiLU"]],
-    "FIRST_REPLACED": [0, 10, 7.0, True, "7"],
-    "CLASS_NAMES": [
-        ["cat"], ["cat", "dog", "ship", "frog"], ["cat", "cat"], ["cat", "unicorn"], "cat", [3, 5], None, []],
-    "VAL_FRACTION": [0, 0.009, 0.51, 1, "0.1", True, None, float("nan")],
-    "IMAGE_SIZE": [31, 257, 64.0, "64", None],
-    "BATCH_SIZE": [1, 1025, 0, 64.0, None],
-    "EPOCHS": [0, 1001, 2.0, "5", True],
-    "DATA_DIR": ["", "  ", None, 3],
-    "ALLOW_STAND_IN": [0, None, "no"],
-    "PRECISION": ["float16", None, 32],
-    "RUN_CONTROL": [1, None],
-    "TIME_BUDGET_MINUTES": [0, -1, 1441, "20", None, True, float("nan"), float("inf")],
-}
+    "SEED": ["1337", 1.0, True, None, -1, 2**32], "MODEL_NAME": ["resnet101", None, ["resnet18"]],
+    "PRETRAINED": [1, "yes", None], "ALT_ACTIVATION": ["ReLU", "silu", None, ["SiLU"]],
+    "FIRST_REPLACED": [0, 10, 7.0, True, "7"], "EPOCHS": [0, 1001, 2.0, "5", True],
+    "CLASS_NAMES": [["cat"], ["cat", "dog", "ship", "frog"], ["cat", "cat"], ["cat", "fox"],
+                    {"cat", "dog"}],
+    "VAL_FRACTION": [0, 0.009, 0.51, "0.1", True, None, float("nan")], "PRECISION": ["float16"],
+    "IMAGE_SIZE": [31, 257, 64.0, "64", None], "BATCH_SIZE": [1, 1025, 0, 64.0, None],
+    "DATA_DIR": ["", "  ", None, 3], "ALLOW_STAND_IN": [0, None, "no"], "RUN_CONTROL": [1, None],
+    "TIME_BUDGET_MINUTES": [0, -1, 1441, "20", None, True, float("nan"), float("inf")]}
 
 
-def cases(table):
-    return [(name, value) for name, values in table.items() for value in values]
+@pytest.mark.parametrize("name, value", [(name, v) for name in ALLOWED for v in ALLOWED[name]])
+def test_an_allowed_value_passes_and_other_names_are_ignored(name, value):
+    helpers.check_parameters({**DEFAULTS, "FIRST_REPLACED": 7, name: value, "other": object()})
 
 
-def test_the_default_parameters_pass():
-    helpers.check_parameters({**GOOD, "something_else": object()})
-
-
-@pytest.mark.parametrize("name, value", cases(ALLOWED))
-def test_a_boundary_value_passes(name, value):
-    helpers.check_parameters({**GOOD, name: value})
-
-
-@pytest.mark.parametrize("name, value", cases(REFUSED))
+@pytest.mark.parametrize("name, value", [(name, v) for name in REFUSED for v in REFUSED[name]])
 def test_a_bad_value_is_refused_with_its_name_its_value_and_what_is_allowed(name, value):
-    with pytest.raises(ValueError) as error:
-        helpers.check_parameters({**GOOD, name: value})
-    message = str(error.value)
-    assert message.startswith(f"{name} is {value!r}: it must be ")
-    assert "\n" not in message and message.endswith(".")
+    with pytest.raises(ValueError, match=f"^{name} is {re.escape(repr(value))}: it must be .+"):
+        helpers.check_parameters({**DEFAULTS, "MODEL_NAME": "resnet18", name: value})
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_a_missing_parameter_is_named(name):
-    with pytest.raises(ValueError, match=f"^{name} is missing"):
-        helpers.check_parameters({key: value for key, value in GOOD.items() if key != name})
+def test_the_default_parameters_pass_and_a_missing_one_is_named():
+    helpers.check_parameters(DEFAULTS)
+    for missing in DEFAULTS.keys() | ALLOWED.keys() | REFUSED.keys():
+        with pytest.raises(ValueError, match=f"^{missing} is missing"):
+            helpers.check_parameters({k: v for k, v in DEFAULTS.items() if k != missing})
 
 
-def test_first_replaced_may_go_as_far_as_the_chosen_model_has_relus():
-    helpers.check_parameters({**GOOD, "MODEL_NAME": "resnet34", "FIRST_REPLACED": 17})
-    with pytest.raises(ValueError, match="from 1 to 17"):
-        helpers.check_parameters({**GOOD, "MODEL_NAME": "resnet34", "FIRST_REPLACED": 18})
-
-
-def draws(generator):
-    return (
-        random.random(), np.random.rand(), torch.rand(1).item(), torch.rand(1, generator=generator).item())
+@pytest.mark.parametrize("model_name, n_relu", helpers.MODELS.items())
+def test_first_replaced_goes_as_far_as_the_chosen_model_has_relus(model_name, n_relu):
+    values = {**DEFAULTS, "MODEL_NAME": model_name, "FIRST_REPLACED": n_relu}
+    helpers.check_parameters(values)
+    with pytest.raises(ValueError, match=f"1 to {n_relu}"):
+        helpers.check_parameters({**values, "FIRST_REPLACED": n_relu + 1})
 
 
 def test_the_same_seed_gives_the_same_draws_from_every_generator():
-    generator = torch.Generator()
-    helpers.seed_everything(5, [generator])
-    first = draws(generator)
-    helpers.seed_everything(5, [generator])
-    assert draws(generator) == first
-    helpers.seed_everything(6, [generator])
-    assert all(a != b for a, b in zip(draws(generator), first))
+    def draws(seed):
+        helpers.seed_everything(seed, [own])
+        return random.random(), np.random.rand(), torch.rand(1), torch.rand(1, generator=own)
+
+    own = torch.Generator()
+    first, other = draws(5), draws(6)
+    assert draws(5) == first and all(a != b for a, b in zip(first, other))
 
 
-def test_seeding_turns_deterministic_algorithms_on():
+def test_seeding_asks_for_determinism_and_the_summary_tells_it(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
-    helpers.seed_everything(1)
-    assert torch.are_deterministic_algorithms_enabled()
-    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    memory = types.SimpleNamespace(fill_uninitialized_memory=True)
+    monkeypatch.setattr(torch.utils, "deterministic", memory, raising=False)
+    summary = "Seed: 42 | cudnn.deterministic={} | cudnn.benchmark={}"
+    assert helpers.determinism_summary(42) == summary.format(False, True)
+    for workspace in (":4096:8", ":16:8"):  # the default, and the user's own
+        helpers.seed_everything(42)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == workspace
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert helpers.determinism_summary(42) == summary.format(True, False)
+    assert torch.are_deterministic_algorithms_enabled() and not memory.fill_uninitialized_memory
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def test_the_device_is_cuda_then_mps_then_cpu(monkeypatch):
@@ -120,55 +100,26 @@ def test_the_device_is_cuda_then_mps_then_cpu(monkeypatch):
         assert helpers.pick_device().type == expected
 
 
-def test_the_summaries_have_their_literal_form():
-    helpers.seed_everything(42)
-    assert re.fullmatch(
-        r"Python 3\.\d+\.\d+ \| torch \d+\.\d+\.\d+ \| torchvision \d+\.\d+\.\d+ \| device: cpu",
-        helpers.environment_summary(torch.device("cpu")))
-    assert helpers.determinism_summary(42) == "Seed: 42 | cudnn.deterministic=True | cudnn.benchmark=False"
-
-
-def test_the_determinism_summary_reports_the_flags_as_they_are(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
-    assert "cudnn.deterministic=False" in helpers.determinism_summary(1)
-
-
-def test_nondeterminism_left_names_the_threads_and_on_a_gpu_its_kernels():
-    on_cpu = helpers.nondeterminism_left(torch.device("cpu"))
-    assert str(torch.get_num_threads()) in on_cpu[0]
-    assert len(helpers.nondeterminism_left(torch.device("cuda"))) == len(on_cpu) + 1
-
-
-def test_the_hashes_are_of_the_source_and_of_the_cells_that_are_not_empty():
+def test_the_environment_is_one_line_of_versions_and_the_source_has_its_hash():
+    versions = r"Python {0} \| torch {0} \| torchvision {0} \| device: cpu".format(r"\d+\.\d+\.\d+")
+    assert re.fullmatch(versions, helpers.environment_summary(torch.device("cpu")))
     assert helpers.SOURCE_SHA256 == hashlib.sha256(Path(helpers.__file__).read_bytes()).hexdigest()
-    assert helpers.cells_sha256(["", "a", " b\n", "a", "c", "b"]) == hashlib.sha256(b"a\n\nb").hexdigest()
-    assert helpers.cells_sha256(["a", "b"]) != helpers.cells_sha256(["b", "a"])
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0 min 00 s"), (59.6, "1 min 00 s"), (754, "12 min 34 s")])
-def test_format_duration(seconds, text):
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0 min 00 s"), (59.6, "1 min 00 s"), (754, "12 min 34 s"), (3600, "60 min 00 s")])
+def test_a_duration_is_told_in_minutes_and_seconds(seconds, text):
     assert helpers.format_duration(seconds) == text
 
 
-def test_a_live_line_is_silent_outside_a_notebook(capsys):
-    helpers.LiveLine().update("hidden", final=True)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_live_line_updates_one_display_and_skips_texts_that_come_too_fast(monkeypatch):
-    shown = []
+@pytest.mark.parametrize("pause, in_notebook, expected", [
+    (60, True, ["new 1", "last"]), (0, True, ["new 1", "2", "last"]), (0, False, [])])
+def test_a_live_line_updates_one_display_in_notebooks(monkeypatch, pause, in_notebook, expected):
+    shown, line = [], helpers.LiveLine(seconds_between_updates=pause)
     handle = types.SimpleNamespace(update=lambda data, raw: shown.append(data["text/plain"]))
-
-    def display(data, raw, display_id):
-        shown.append(data["text/plain"])
-        return handle
-
-    import IPython.display
-
-    monkeypatch.setattr(IPython.display, "display", display)
-    monkeypatch.setattr(helpers, "get_ipython", lambda: types.SimpleNamespace(kernel=object()))
-    line = helpers.LiveLine(seconds_between_updates=60)
-    for text in ("first", "too soon"):
-        line.update(text)
-    line.update("last", final=True)
-    assert shown == ["first", "last"]
+    monkeypatch.setitem(sys.modules, "ipykernel", types)
+    in_notebook or monkeypatch.delitem(sys.modules, "ipykernel")
+    monkeypatch.setattr(IPython.display, "display", lambda data, raw, display_id: shown.append(
+        "new " + data["text/plain"]) or handle)
+    line.update("1"), line.update("2"), line.update("last", final=True)
+    assert shown == expected

@@ -1,7 +1,9 @@
 """Model surgery: traversal, replacement, head, weights."""
 
+import contextlib
+import hashlib
 import io
-import urllib.error
+import os
 from pathlib import Path
 
 import pytest
@@ -11,207 +13,129 @@ from torchvision import models
 
 import helpers
 from conftest import TinyNet
+from test_cifar10 import disk_fails, serving
 
 
-def relu_names(model):
-    return [p.name for p in helpers.find_modules(model, nn.ReLU)]
+def names_of(model, kind=nn.ReLU):
+    return [name for name, _ in helpers.find_modules(model, kind)]
 
 
-@pytest.mark.parametrize("name", helpers.MODELS)
-def test_the_model_table_counts_the_relus_of_torchvision(name):
-    assert len(relu_names(models.get_model(name, weights=None))) == helpers.MODELS[name]
+def places_and_modes(model):
+    return [(*place, place[1].training) for place in model.named_modules(remove_duplicate=False)]
 
 
 @pytest.mark.parametrize("name", helpers.MODELS)
 @pytest.mark.parametrize("activation", helpers.ACTIVATIONS)
 def test_a_resnet_keeps_its_first_six_relus_and_loses_the_others(name, activation):
-    model = models.get_model(name, weights=None)
-    before = helpers.find_modules(model, nn.ReLU)
+    with torch.device("meta"):
+        model = models.get_model(name, weights=None)
+    before, total = helpers.find_modules(model, nn.ReLU), helpers.MODELS[name]
     report = helpers.replace_relu(model, helpers.ACTIVATIONS[activation], 7)
-    after = helpers.find_modules(model, nn.ReLU)
-    assert [p.module for p in after] == [p.module for p in before[:6]]  # the same objects
-    assert all(a.module is b.module for a, b in zip(after, before))
-    inserted = helpers.find_modules(model, type(helpers.ACTIVATIONS[activation]()))
-    assert [p.name for p in inserted] == [p.name for p in before[6:]] == list(report.replaced_names)
-    assert len({id(p.module) for p in inserted}) == len(inserted)
-    assert report.total == helpers.MODELS[name] and report.remaining == 6
-    assert report.inserted == report.total - 6 and report.activation == activation
-    assert report.replaced_indices == tuple(range(7, report.total + 1))
-    assert report.kept_names == tuple(p.name for p in before[:6])
+    assert helpers.find_modules(model, nn.ReLU) == before[:6]  # the same objects
+    names, new = zip(*helpers.find_modules(model, getattr(nn, activation)))
+    assert names == tuple(place for place, _ in before[6:]) and len(set(new)) == total - 6
+    kept, indices = tuple(place for place, _ in before[:6]), tuple(range(7, total + 1))
+    assert report == helpers.SurgeryReport(total, kept, indices, names, activation, 6, total - 6)
 
 
 def test_leaky_relu_has_slope_one_hundredth():
     assert helpers.ACTIVATIONS["LeakyReLU"]().negative_slope == 0.01
 
 
-def test_the_swapped_network_computes_with_the_new_activation():
-    model = nn.Sequential(nn.ReLU(), nn.ReLU())
-    helpers.replace_relu(model, nn.SiLU, 2)
-    x = torch.linspace(-3, 3, 7)
-    assert torch.equal(model(x), nn.functional.silu(x.relu()))
-
-
 class Nested(nn.Module):
     def __init__(self):
         super().__init__()
-        self.last = nn.ModuleDict({"b": nn.ReLU(), "a": nn.ModuleList([nn.ReLU(), nn.Tanh(), nn.ReLU()])})
+        inner = nn.ModuleList([nn.ReLU(), nn.Tanh(), nn.ReLU()])
+        self.last = nn.ModuleDict({"b": nn.ReLU(), "a": inner})
         self.first = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.ReLU())
-        self.nothing = None
         self.register_module("empty", None)
 
 
 def test_the_traversal_is_depth_first_in_registration_order():
-    expected = ["last.b", "last.a.0", "last.a.2", "first.0.1", "first.1"]
-    assert relu_names(Nested()) == expected
-    model = Nested()
-    report = helpers.replace_relu(model, nn.GELU, 4)
-    assert report.replaced_names == ("first.0.1", "first.1")
-    assert relu_names(model) == expected[:3]
-
-
-class Sharing(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one = nn.ReLU()
-        self.two = self.one
-        self.inner = nn.Sequential(self.one, nn.ReLU())
+    model, names = Nested(), ["last.b", "last.a.0", "last.a.2", "first.0.1", "first.1"]
+    assert names_of(model) == names
+    helpers.replace_relu(model, nn.GELU, 4)
+    assert names_of(model) == names[:3] and names_of(model, nn.GELU) == names[3:]
 
 
 def test_a_shared_relu_counts_at_each_place_and_each_place_is_replaced_on_its_own():
-    model = Sharing()
-    shared = model.one
+    shared = nn.ReLU()
+    model = nn.Sequential(shared, shared, nn.Sequential(shared, nn.ReLU()))
     report = helpers.replace_relu(model, nn.SiLU, 2)
-    assert report.total == 4 and report.replaced_names == ("two", "inner.0", "inner.1")
-    assert model.one is shared
-    new = [model.two, model.inner[0], model.inner[1]]
-    assert all(isinstance(m, nn.SiLU) for m in new) and len(set(map(id, new))) == 3
+    assert report.total == 4 and report.replaced_names == ("1", "2.0", "2.1")
+    assert model[0] is shared and len({model[1], model[2][0], model[2][1]}) == 3
 
 
-class SharedContainer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-        self.b = self.a
-
-
-def test_a_shared_container_that_would_be_kept_and_replaced_is_refused_and_unchanged():
-    model = SharedContainer()
-    with pytest.raises(ValueError, match=r"b\.1 .*kept and replaced"):
+def test_a_shared_container_is_replaced_at_both_places_or_refused_and_unchanged():
+    container = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model = nn.Sequential(container, container)
+    before = places_and_modes(model)
+    with pytest.raises(ValueError, match=r"^1\.1 .*kept and replaced"):
         helpers.replace_relu(model, nn.SiLU, 2)
-    assert relu_names(model) == ["a.1", "b.1"]
-
-
-def test_a_shared_container_that_is_replaced_at_both_places_is_fine():
-    model = SharedContainer()
-    report = helpers.replace_relu(model, nn.SiLU, 1)
-    assert report.inserted == 2 and model.a is model.b and relu_names(model) == []
-
-
-@pytest.mark.parametrize("first_replaced", [0, -1, 6])
-def test_a_request_out_of_range_is_refused_and_the_model_unchanged(first_replaced):
-    model = Nested()
-    before = [p.module for p in helpers.find_modules(model, nn.ReLU)]
-    with pytest.raises(ValueError, match=f"first_replaced is {first_replaced}, but the model has 5 nn.ReLU"):
-        helpers.replace_relu(model, nn.SiLU, first_replaced)
-    assert all(p.module is m for p, m in zip(helpers.find_modules(model, nn.ReLU), before))
-
-
-def test_an_activation_that_cannot_be_made_leaves_the_model_unchanged():
-    model, made = Nested(), []
-
-    def fails_at_the_second():
-        made.append(nn.SiLU())
-        if len(made) == 2:
-            raise MemoryError("no room")
-        return made[-1]
-
-    with pytest.raises(MemoryError):
-        helpers.replace_relu(model, fails_at_the_second, 3)
-    assert len(relu_names(model)) == 5
-
-
-def test_a_bare_relu_is_refused():
-    with pytest.raises(ValueError, match="no parent"):
-        helpers.replace_relu(nn.ReLU(), nn.SiLU, 1)
-
-
-def test_subclasses_of_relu_count_and_relu6_is_none():
-    class Renamed(nn.ReLU):
-        pass
-
-    model = nn.Sequential(Renamed(), nn.ReLU6(), nn.ReLU())
-    assert relu_names(model) == ["0", "2"]
+    assert places_and_modes(model) == before
     assert helpers.replace_relu(model, nn.SiLU, 1).inserted == 2
+    assert model[0] is model[1] is container and names_of(model, nn.SiLU) == ["0.1", "1.1"]
 
 
-def test_activations_that_were_there_before_do_not_count_as_inserted():
-    model = nn.Sequential(nn.SiLU(), nn.ReLU(), nn.ReLU())
-    assert helpers.replace_relu(model, nn.SiLU, 2).inserted == 1
+@pytest.mark.parametrize("model, first, n", [
+    (Nested(), 0, 5), (Nested(), -1, 5), (Nested(), 6, 5), (nn.ReLU(), 1, 0)])
+def test_a_request_out_of_range_is_refused_and_the_model_unchanged(model, first, n):
+    before = places_and_modes(model)
+    with pytest.raises(ValueError, match=f"first_replaced is {first}, .* {n} nn.ReLU"):
+        helpers.replace_relu(model, nn.SiLU, first)
+    assert places_and_modes(model) == before
 
 
-def test_modes_and_hooks_of_everything_else_are_kept():
-    model = Nested().eval()
-    model.first[0].train()
-    calls = []
+def test_subclasses_of_relu_count_but_neither_relu6_nor_activations_that_were_there_before():
+    model = nn.Sequential(nn.SiLU(), type("Renamed", (nn.ReLU,), {})(), nn.ReLU6(), nn.ReLU())
+    assert helpers.replace_relu(model, nn.SiLU, 1).inserted == 2
+    assert names_of(model, nn.SiLU) == ["0", "1", "3"]
+
+
+def test_hooks_and_modes_are_kept_also_by_an_activation_that_is_a_nest_of_modules():
+    model, calls = Nested().eval(), []
+    model.first[1].train()
     model.last["b"].register_forward_hook(lambda *args: calls.append("kept"))
-    modes = {name: m.training for name, m in model.named_modules()}
-    helpers.replace_relu(model, nn.SiLU, 2)
-    assert {name: m.training for name, m in model.named_modules()} == modes
+    report = helpers.replace_relu(model, lambda: nn.Sequential(nn.Sequential(nn.SiLU())), 4)
+    assert report.inserted == 2 and report.activation == "Sequential"
+    training = [name for name, _, training in places_and_modes(model) if training]
+    assert training == ["first.1", "first.1.0", "first.1.0.0"]
     model.last["b"](torch.zeros(1))
     assert calls == ["kept"]
 
 
-def alternating(*makers):
-    """An activation factory that works through the makers in turn."""
-    calls = iter(range(1000))
-    return lambda: makers[next(calls) % len(makers)]()
-
-
-SHARED = nn.SiLU()
-
-
-@pytest.mark.parametrize("make_activation, made", [
-    (alternating(nn.SiLU, nn.GELU), r"\['GELU', 'SiLU'\]"),
-    (alternating(nn.SiLU, lambda: None), r"\['NoneType', 'SiLU'\]"),
-    (nn.ReLU, r"\['ReLU'\]"),
-    (lambda: nn.Sequential(nn.ReLU(), nn.SiLU()), r"\['Sequential'\]"),
-    (lambda: SHARED, r"\['SiLU'\]"),
-])
-def test_a_factory_that_makes_something_else_is_refused_and_the_model_unchanged(make_activation, made):
+@pytest.mark.parametrize("make_activation, error, message", [
+    (iter([nn.SiLU(), nn.GELU()]).__next__, ValueError, r"made \['GELU', 'SiLU'\]"),
+    (iter(["one", "two"]).__next__, ValueError, r"made \['str'\]"),
+    (iter([nn.SiLU()] * 2).__next__, ValueError, r"made \['SiLU'\].* new module"),
+    (iter([nn.SiLU()]).__next__, StopIteration, None),
+    (nn.ReLU, ValueError, r"made \['ReLU'\].* without an nn.ReLU"),
+    (lambda: nn.Sequential(nn.Sequential(nn.ReLU())), ValueError, r"made \['Sequential'\]")])
+def test_a_factory_that_makes_something_else_is_refused_and_the_model_unchanged(
+        make_activation, error, message):
     model = Nested()
-    before = [(p.name, p.module) for p in helpers.find_modules(model, nn.Module)]
-    with pytest.raises(ValueError, match=f"make_activation made {made}.*nothing was replaced"):
+    before = places_and_modes(model)
+    with pytest.raises(error, match=message):
         helpers.replace_relu(model, make_activation, 4)
-    after = [(p.name, p.module) for p in helpers.find_modules(model, nn.Module)]
-    assert [name for name, _ in before] == [name for name, _ in after]
-    assert all(a is b for (_, a), (_, b) in zip(before, after))
+    assert places_and_modes(model) == before
 
 
-def test_a_wrong_recount_is_noticed(monkeypatch):
-    found = helpers.find_modules
-    model = Nested()
-    n = len(found(model, nn.ReLU))
-    monkeypatch.setattr(
-        helpers, "find_modules", lambda m, kind: [] if kind is nn.SiLU else found(m, kind))
-    with pytest.raises(RuntimeError, match=f"3 nn.ReLU remain and 0 SiLU were inserted, instead of 3 and {n - 3}"):
-        helpers.replace_relu(model, nn.SiLU, 4)
+@pytest.mark.parametrize("replace_modules, counts", [
+    (lambda model, names, new: model.first.extend(new), "5 nn.ReLU remain and 2 new"),
+    (lambda model, names, new: setattr(model, "first", nn.SiLU()), "3 nn.ReLU .* 0 new")])
+def test_a_recount_that_does_not_come_out_is_an_error(monkeypatch, replace_modules, counts):
+    monkeypatch.setattr(helpers, "replace_modules", replace_modules)
+    with pytest.raises(RuntimeError, match=f"{counts}.* instead of 3 and 2"):
+        helpers.replace_relu(Nested(), nn.SiLU, 4)
 
 
-def test_parameters_are_counted_all_and_trainable():
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
-    model[0].bias.requires_grad_(False)
-    assert helpers.count_parameters(model) == (11, 9)
-    assert helpers.count_parameters(models.resnet18(weights=None)) == (11_689_512, 11_689_512)
-
-
-def test_the_same_seed_builds_the_same_model_and_another_seed_another():
-    one, same, other = (helpers.build_model("resnet18", seed).conv1.weight for seed in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-
-
-def test_building_and_a_new_head_leave_the_global_generator_alone():
-    state = torch.get_rng_state()
-    helpers.replace_head(helpers.build_model("resnet18", 5), 3, 6)
+def test_the_same_seed_makes_the_same_model_and_head_and_torchs_generator_is_left_alone():
+    state, made = torch.get_rng_state(), []
+    for seed in (1, 1, 2):
+        model = helpers.build_model("resnet18", seed)
+        made.append((model.conv1.weight, helpers.replace_head(model, 3, seed).weight))
+    for one, same, other in zip(*made):
+        assert torch.equal(one, same) and not torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -220,132 +144,87 @@ def test_an_unknown_model_is_refused():
         helpers.build_model("vgg16", 1)
 
 
-@pytest.mark.parametrize("n_classes", [2, 3])
-def test_the_head_is_replaced(n_classes):
-    model = TinyNet(10).eval()
-    report = helpers.replace_head(model, n_classes, seed=1)
-    assert (report.in_features, report.old_out_features, report.out_features) == (16, 10, n_classes)
-    assert model.fc.weight.shape == (n_classes, 16) and not model.fc.training
+@pytest.mark.parametrize("n_classes, bias, training, dtype, device", [
+    (2, True, True, torch.float32, "cpu"), (3, False, False, torch.float64, "meta")])
+def test_a_new_head_has_the_bias_mode_dtype_and_device_of_the_old_one(
+        n_classes, bias, training, dtype, device):
+    model = TinyNet(10)
+    model.fc = nn.Linear(16, 10, bias)
+    model = model.to(device, dtype).train(training)
+    new = helpers.replace_head(model, n_classes, seed=1)
+    assert new is model.fc and new.training == training and (new.bias is not None) == bias
+    assert new.weight.dtype == dtype and new.weight.device.type == device
     assert helpers.check_forward(model, 32, n_classes) == (2, n_classes)
 
 
-def test_the_same_seed_makes_the_same_head():
-    weights = []
-    for seed in (1, 1, 2):
-        model = TinyNet(10)
-        helpers.replace_head(model, 3, seed)
-        weights.append(model.fc.weight)
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-@pytest.mark.parametrize("n_classes, message", [(1, "must be 2 or 3"), (4, "must be 2 or 3"), (3, "3 outputs already")])
-def test_a_head_of_another_size_or_a_second_replacement_is_refused(tiny_net, n_classes, message):
-    old = tiny_net.fc
+@pytest.mark.parametrize("fc, n_classes, message", [
+    (nn.Linear(16, 10), 1, "n_classes is 1"), (nn.Linear(16, 10), 4, "n_classes is 4"),
+    (nn.Linear(16, 3), 3, "fc has 3 outputs"), (nn.ReLU(), 3, "fc is ReLU")])
+def test_an_unfit_head_and_a_second_replacement_are_refused(tiny_net, fc, n_classes, message):
+    tiny_net.fc = fc
     with pytest.raises(ValueError, match=message):
         helpers.replace_head(tiny_net, n_classes, seed=1)
-    assert tiny_net.fc is old
+    assert tiny_net.fc is fc
 
 
-def test_a_model_without_a_linear_fc_is_refused():
-    with pytest.raises(ValueError, match="model.fc is NoneType"):
-        helpers.replace_head(nn.Sequential(nn.ReLU()), 3, seed=1)
-
-
-def test_the_forward_check_refuses_another_shape_and_leaves_the_model_as_it_was(tiny_net):
+@pytest.mark.parametrize("size, n_classes, message", [
+    (32, 2, r"\(2, 3\): it must be \(2, 2\)"), (-1, 3, "negative dimension"), (32, 3, None)])
+def test_the_forward_check_gives_each_module_its_own_mode_back_and_changes_no_statistics(
+        tiny_net, size, n_classes, message):
     tiny_net.features[1].eval()
-    modes = [m.training for m in tiny_net.modules()]
-    statistics = tiny_net.features[4].running_mean.clone()
-    with pytest.raises(ValueError, match=r"shape \(2, 3\): it should be \(2, 2\)"):
-        helpers.check_forward(tiny_net, 32, 2)
-    assert [m.training for m in tiny_net.modules()] == modes
-    assert torch.equal(tiny_net.features[4].running_mean, statistics)
+    before, errors = places_and_modes(tiny_net), (ValueError, RuntimeError)
+    with pytest.raises(errors, match=message) if message else contextlib.nullcontext():
+        helpers.check_forward(tiny_net, size, n_classes)
+    assert places_and_modes(tiny_net) == before and not tiny_net.features[4].running_mean.any()
 
 
-# --- ImageNet weights ---------------------------------------------------------------
+def saved(state_dict):
+    torch.save(state_dict, file := io.BytesIO())
+    return file.getvalue()
+
+
+WEIGHTS = saved(TinyNet(3).state_dict())
+DAMAGED = {
+    "empty": b"", "noise": b"not weights" * 999, "cut": WEIGHTS[:-100], "no dict": saved([1]),
+    "no keys": saved({}), "other shape": saved(TinyNet(2).state_dict()),
+    "evil": b"cbuiltins\nopen\n(Vran\nVw\ntR."}  # a pickle that would make the file "ran"
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty torch hub cache."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    return tmp_path / "checkpoints"
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def cached_file(hub):
-    hub.mkdir(parents=True, exist_ok=True)
-    return hub / Path(models.ResNet18_Weights.DEFAULT.url).name
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_cached_file_is_one_sentence_runs_no_code_and_leaves_the_model_unchanged(
+        hub, tiny_net, damage):
+    path = hub / "checkpoints" / Path(models.ResNet18_Weights.DEFAULT.url).name
+    path.parent.mkdir()
+    path.write_bytes(DAMAGED[damage])
+    before = saved(tiny_net.state_dict())
+    reason = helpers.load_imagenet_weights(tiny_net, "resnet18")
+    assert path.name in reason and "delete" in reason and not set("\n/") & set(reason)
+    assert saved(tiny_net.state_dict()) == before and os.listdir(hub) == ["checkpoints"]
 
 
-def test_cached_weights_are_loaded(hub):
-    source = helpers.build_model("resnet18", 1)
-    torch.save(source.state_dict(), cached_file(hub))
-    model = helpers.build_model("resnet18", 2)
-    assert helpers.load_imagenet_weights(model, "resnet18") is None
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values()))
-
-
-def missing_key(path):
-    state_dict = helpers.build_model("resnet18", 1).state_dict()
-    del state_dict["fc.bias"]
-    torch.save(state_dict, path)
-
-
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"not weights" * 1000), missing_key])
-def test_a_damaged_cached_file_is_one_sentence_and_the_model_is_unchanged(hub, damage):
-    damage(cached_file(hub))
-    model = helpers.build_model("resnet18", 2)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    reason = helpers.load_imagenet_weights(model, "resnet18")
-    assert "cached weights file resnet18" in reason and "delete it" in reason and "\n" not in reason
-    assert str(hub) not in reason
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-
-
-def test_a_cached_file_never_runs_code(hub, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save({"conv1.weight": Evil()}, cached_file(hub))
-    assert "cannot be used" in helpers.load_imagenet_weights(helpers.build_model("resnet18", 1), "resnet18")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("error, text", [
-    (urllib.error.URLError(TimeoutError("timed out")), "timed out"),
-    (urllib.error.URLError(ConnectionRefusedError(111, "Connection refused")), "Connection refused"),
-    (urllib.error.HTTPError("http://x", 403, "Forbidden", {}, io.BytesIO()), "HTTP 403 Forbidden"),
-    (RuntimeError('invalid hash value (expected "f37072fd", got "00")'), "invalid hash value"),
-], ids=["time-out", "refused", "forbidden", "hash"])
-def test_a_failed_download_is_one_sentence(hub, monkeypatch, error, text):
-    import socket
-
-    seen = []
-
-    def download(*args, **kwargs):
-        seen.append(socket.getdefaulttimeout())
-        raise error
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    reason = helpers.load_imagenet_weights(helpers.build_model("resnet18", 1), "resnet18", timeout=3)
-    assert reason.startswith("ImageNet weights could not be downloaded") and text in reason
-    assert seen == [3] and socket.getdefaulttimeout() is None
-
-
-def test_the_download_asks_for_torchvisions_url_and_hash(hub, monkeypatch):
-    asked = []
-
-    def download(url, path, hash_prefix, progress):
-        asked.append((url, hash_prefix))
-        torch.save(helpers.build_model("resnet18", 1).state_dict(), path)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    assert helpers.load_imagenet_weights(helpers.build_model("resnet18", 2), "resnet18") is None
-    assert asked == [(models.ResNet18_Weights.DEFAULT.url, "f37072fd")]
-
-
-def test_an_error_is_described_in_one_line_without_paths():
-    assert helpers.describe_error(PermissionError(13, "Permission denied", "/secret/path")) == "Permission denied"
-    assert helpers.describe_error(ValueError("a\n b")) == "a b"
-    assert helpers.describe_error(KeyError()) == "KeyError"
+@pytest.mark.parametrize("fault, name, part", [
+    ("good", "resnet18", None), ("good", "resnet50", None), ("trickle", "resnet34", "too slow"),
+    ("stall", "resnet18", "timed out"), ("wrong", "resnet18", "the file's sha256 is"),
+    ("missing", "resnet18", "HTTP 404"), ("good", "resnet18", "No space left")])
+def test_weights_are_verified_by_torchvisions_hash_prefix_and_kept_or_there_is_one_reason(
+        hub, tiny_net, monkeypatch, fault, name, part):
+    before, file = saved(tiny_net.state_dict()), f"r-{hashlib.sha256(WEIGHTS).hexdigest()[:8]}.pth"
+    if part == "No space left":
+        monkeypatch.setattr(os, "replace", disk_fails)
+    with serving(WEIGHTS, monkeypatch) as server:
+        weights, url = models.get_model_weights(name).DEFAULT.value, f"{server.url}/{fault}/{file}"
+        monkeypatch.setattr(weights, "url", url)
+        reasons = [helpers.load_imagenet_weights(tiny_net, name) for _ in range(2)]
+    if part is None:
+        assert reasons == [None, None] and len(server.requests) == 1
+        assert saved(tiny_net.state_dict()) == WEIGHTS == (hub / "checkpoints" / file).read_bytes()
+    else:
+        assert all(part in reason and "\n" not in reason for reason in reasons)
+        assert saved(tiny_net.state_dict()) == before and not list(hub.rglob("*.*"))

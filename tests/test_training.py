@@ -1,9 +1,9 @@
-"""Training: recipes, loops, planning, interruption."""
+"""Training: recipes, the optimiser, the loops, planning, interruption."""
 
 import copy
-import dataclasses
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,498 +13,348 @@ from torch import nn
 
 import helpers
 
-CPU = torch.device("cpu")
-RECIPE = helpers.Recipe("test", epochs=4, lr=0.01, small_share=0.0)
+CPU, BFLOAT16, FLOAT32 = torch.device("cpu"), torch.bfloat16, torch.float32
+STOP, DIVERGED = KeyboardInterrupt(), helpers.NonFiniteLoss
+RECIPE = helpers.Recipe("test", 4, muon_lr=0.02, adamw_lr=0.01, small_share=0, warmup_share=0.15)
 
 
-def fit(model, loaders, recipe=RECIPE, **kwargs):
-    lines = []
-    arguments = dict(image_size=32, device=CPU, dtype=torch.float32, seed=7, on_epoch=lines.append)
-    history = helpers.fit(model, recipe, *loaders, **{**arguments, **kwargs})
-    return history, lines
+def fit(model, loaders, recipe=RECIPE, image_size=32, dtype=FLOAT32, seed=7, **kwargs):
+    return helpers.fit(model, recipe, *loaders, image_size, CPU, dtype, seed, **kwargs)
 
 
-def weights_of(model):
-    return torch.cat([p.detach().flatten() for p in model.state_dict().values()])
+def state_of(module):
+    return torch.cat([value.flatten().double() for value in module.state_dict().values()])
 
 
-def test_training_learns_and_reports_the_best_epoch(tiny_net, loaders):
-    history, lines = fit(tiny_net, loaders, dataclasses.replace(RECIPE, epochs=8))
-    assert history.best.val_accuracy >= 0.9 and history.stopped is None
-    assert [m.epoch for m in history.epochs] == list(range(1, 9))
-    assert history.epochs[-1].train_loss < history.epochs[0].train_loss
-    assert not any(module.training for module in tiny_net.modules())
-    pattern = r"Epoch \d+/8 \| Train Loss: \d+\.\d{3} \| Train Acc: \d+\.\d% \| Val Loss: \d+\.\d{3} \| Val Acc: \d+\.\d%"
-    assert len(lines) == 8 and all(re.fullmatch(pattern, line) for line in lines)
+@pytest.fixture
+def clock(monkeypatch):
+    seconds = []
+    monkeypatch.setattr(helpers.time, "perf_counter", lambda: sum(seconds))
+    return seconds
 
 
-def test_the_weights_of_the_best_epoch_are_left_in_the_model(tiny_net, loaders, monkeypatch):
-    states, accuracies = [], iter([0.4, 0.9, 0.9, 0.2])
-
-    def evaluate(model, *args):
-        states.append(copy.deepcopy(model.state_dict()))
-        return 1.0, next(accuracies)
-
-    monkeypatch.setattr(helpers, "evaluate", evaluate)
-    history, _ = fit(tiny_net, loaders)
-    assert history.best.epoch == 2  # the first of two equally good ones
-    assert all(torch.equal(value, states[1][name]) for name, value in tiny_net.state_dict().items())
-    assert not torch.equal(states[1]["fc.weight"], states[3]["fc.weight"])
+@pytest.mark.parametrize("share, epochs, image_size, expected", [
+    (0.5, 4, 64, [32, 32, 64, 64]), (0.5, 5, 96, [48, 48, 96, 96, 96]), (0.5, 1, 64, [64]),
+    (0.5, 2, 48, [32, 48]), (0.5, 2, 32, [32, 32]), (0.0, 2, 64, [64, 64])])
+def test_the_first_epochs_see_images_of_half_the_size(share, epochs, image_size, expected):
+    recipe = replace(RECIPE, small_share=share, epochs=epochs)
+    assert recipe.image_sizes(image_size) == expected
+    assert all(recipe.image_sizes(64)[-1] == 64 for recipe in helpers.RECIPES.values())
 
 
-def test_the_same_seed_trains_to_the_same_bit_and_another_seed_does_not(tiny_net, loaders):
-    twins = [copy.deepcopy(tiny_net) for _ in range(3)]
-    histories = [fit(twin, loaders, seed=seed)[0].epochs for twin, seed in zip(twins, (7, 7, 8))]
-    assert histories[0] == histories[1] and torch.equal(weights_of(twins[0]), weights_of(twins[1]))
-    assert histories[0] != histories[2]
+def test_the_best_epoch_is_the_first_best_one_at_the_last_image_size():
+    results = enumerate([(0.99, 32), (0.7, 64), (0.8, 64), (0.8, 64), (0.6, 64)])
+    epochs = tuple(helpers.EpochMetrics(i, 1, 0, 1, *result) for i, result in results)
+    assert helpers.History(epochs, 1.0).best.epoch == 2
 
 
-def test_a_twin_with_nothing_replaced_has_the_same_history_to_the_bit_and_a_swapped_one_has_not(tiny_net, loaders):
-    initial = copy.deepcopy(tiny_net.state_dict())
-    swapped = copy.deepcopy(tiny_net)
-    helpers.replace_relu(swapped, nn.SiLU, 2)
-    swapped.load_state_dict(initial)
-    control = copy.deepcopy(tiny_net)
-    control.load_state_dict(initial)
-    seen = []
-    for model in (tiny_net, swapped, control):
-        inputs = []
-        handle = model.register_forward_pre_hook(lambda m, args: inputs.append(args[0].clone()) if m.training else None)
-        seen.append((fit(model, loaders)[0].epochs, inputs))
-        handle.remove()
-    assert seen[0][0] == seen[2][0] != seen[1][0]
-    for original, of_swapped in zip(seen[0][1], seen[1][1]):
-        assert torch.equal(original, of_swapped)  # the same batches, augmented in the same way
+@pytest.mark.parametrize("kind, capability, bfloat16, layout", [
+    ("cpu", 0, True, torch.channels_last), ("cuda", 8, True, torch.channels_last),
+    ("cuda", 7, False, torch.channels_last), ("mps", 9, False, torch.contiguous_format)])
+def test_each_device_has_its_precisions_and_layout(monkeypatch, kind, capability, bfloat16, layout):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    device = torch.device(kind)
+    assert (helpers.has_bfloat16(device), helpers.memory_format(device)) == (bfloat16, layout)
 
 
-def test_image_sizes_grow_and_the_loader_gets_its_size_back(tiny_net, loaders):
-    recipe = dataclasses.replace(RECIPE, small_share=0.5)
-    assert recipe.image_sizes(64) == [32, 32, 64, 64] and recipe.image_sizes(96) == [48, 48, 96, 96]
-    assert recipe.image_sizes(32) == [32] * 4
-    assert dataclasses.replace(recipe, epochs=1).image_sizes(64) == [64]
-    for loader in loaders:
-        loader.dataset.set_image_size(64)
-    sizes = []
-    tiny_net.register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[-1]) if m.training else None)
-    fit(tiny_net, loaders, recipe, image_size=64)
-    assert sizes == [32] * 6 + [64] * 6 and loaders[0].dataset.image_size == 64
+@pytest.mark.parametrize("kernel, stride, padding, bias", [
+    (3, 1, 1, False), (3, 2, 1, True), (3, 1, 2, True), (1, 2, 0, False), (1, 1, 0, True),
+    ((3, 5), (3, 2), (1, 2), True), ((1, 3), (1, 2), (0, 1), False)])
+def test_the_product_is_the_same_convolution(kernel, stride, padding, bias, monkeypatch):
+    conv, products, linear = nn.Conv2d(4, 6, kernel, stride, padding, bias=bias), [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: products.append(args) or linear(*args))
+    for shape in [(2, 4, n, m) for n in range(1, 8) for m in (n, 2)] + [(4, 3, 2)]:
+        x, results = torch.randn(shape, requires_grad=True), []
+        products.clear()
+        for conv.__class__ in (nn.Conv2d, helpers._SmallMapConv2d):
+            y = conv(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, *conv.parameters()))))
+        for a, b in zip(*results):
+            assert a.shape == b.shape and torch.allclose(a, b, atol=1e-3, rtol=1e-4)
+        assert bool(products) == (len(shape) == 4 and y[0, 0].numel() <= 9)
 
 
-@pytest.mark.parametrize("kind", helpers.RECIPES)
-def test_the_recipes_end_at_full_size(kind):
-    recipe = helpers.RECIPES[kind]
-    assert len(recipe.image_sizes(64)) == recipe.epochs and recipe.image_sizes(64)[-1] == 64
-
-
-def test_the_whitened_stem_gives_outputs_of_unit_variance_in_pairs_and_changes_nothing_else():
-    model = helpers.build_model("resnet18", seed=1)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    images = helpers.make_stand_in(1, n_train=40, n_test=1).train_images
-    helpers.whiten_stem(model, images, 64)
-    weight = model.conv1.weight.detach()
-    assert torch.equal(weight[:32], -weight[32:])
-    inputs = helpers.eval_transform(64)(torch.from_numpy(images).permute(0, 3, 1, 2))
-    patches = F.unfold(inputs, 7, stride=8).transpose(1, 2).flatten(0, 1)
-    responses = patches @ weight[:32].flatten(1).T
-    covariance = responses.T @ responses / len(responses)
-    assert torch.allclose(covariance, torch.diag(covariance.diagonal()), atol=1e-2)
-    assert ((covariance.diagonal() > 0.5) & (covariance.diagonal() < 1.01)).all()
-    assert covariance[0, 0] > covariance[31, 31]  # the leading components, in their order
-    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
-    assert changed == ["conv1.weight"]
-
-
-def test_weight_decay_spares_biases_and_normalisation_and_muon_takes_the_convolutions(tiny_net):
-    tiny_net.features[0].bias.requires_grad_(False)
-    optimizer = helpers.make_optimizer(tiny_net, RECIPE, torch.bfloat16)
-    convolutions, linear, others = optimizer.param_groups
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [RECIPE.weight_decay, RECIPE.weight_decay, 0.0]
-    assert [g["lr"] for g in optimizer.param_groups] == [RECIPE.lr, RECIPE.adamw_lr, RECIPE.adamw_lr]
-    assert [g["muon"] for g in optimizer.param_groups] == [True, False, False]
-    assert convolutions["muon_dtype"] == torch.bfloat16
-    assert [p.ndim for p in convolutions["params"]] == [4, 4] and linear["params"] == [tiny_net.fc.weight]
-    assert all(p.ndim == 1 for p in others["params"])
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(tiny_net.parameters())) - 1
-
-
-@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
-def test_newton_schulz_steps_bring_singular_values_near_one_and_keep_the_directions(shape):
-    torch.manual_seed(0)
-    matrix = torch.randn(shape)
-    result = helpers.orthogonalise(matrix, torch.float32, steps=5)
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    assert result.shape == matrix.shape
-    singular = (u.T @ result @ v.T).diagonal()
-    assert ((singular > 0.3) & (singular < 1.3)).all()
-    assert torch.allclose(u.T @ result @ v.T, torch.diag(singular), atol=1e-3)
-    result, close = (helpers.orthogonalise(matrix, dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert close.dtype == torch.bfloat16 and (close.float() - result).norm() < 0.1 * result.norm()
-
-
-def test_a_newton_schulz_step_is_the_quintic_of_the_singular_values():
-    matrix = torch.diag(torch.tensor([0.8, 0.6]))  # of norm 1
-    expected = [3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5 for s in (0.8, 0.6)]
-    assert torch.allclose(helpers.orthogonalise(matrix, torch.float32, steps=1).diagonal(), torch.tensor(expected), atol=1e-5)
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_a_muon_step_is_momentum_made_orthogonal_and_the_rest_is_adamw(layout):
-    torch.manual_seed(0)
-    conv, linear = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=layout), nn.Linear(4, 2)
-    model = nn.ModuleDict({"conv": conv, "fc": linear})
-    twin = copy.deepcopy(linear)
-    recipe = dataclasses.replace(RECIPE, lr=0.1, adamw_lr=0.01, weight_decay=0.5)
-    optimizer = helpers.make_optimizer(model, recipe)
-    reference = torch.optim.AdamW([
-        {"params": [twin.weight], "weight_decay": 0.5}, {"params": [twin.bias], "weight_decay": 0.0}], lr=0.01)
-    momentum = torch.zeros(4, 27)
-    for _ in range(2):
-        expected = conv.weight.detach().clone()
-        gradient = torch.randn(4, 27)
-        conv.weight.grad = gradient.view(4, 3, 3, 3).clone(memory_format=layout)
-        for a, b in zip(linear.parameters(), twin.parameters()):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        optimizer.step(), reference.step()
-        momentum = 0.95 * momentum + 0.05 * gradient
-        update = helpers.orthogonalise(0.05 * gradient + 0.95 * momentum, torch.float32).view(4, 3, 3, 3)
-        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * math.sqrt(27) * update
-        assert torch.allclose(conv.weight, expected, atol=1e-6)
-        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(linear.parameters(), twin.parameters()))
-
-
-@pytest.mark.parametrize("size, kernel, stride, padding", [
-    (1, 3, 1, 1), (2, 3, 1, 1), (3, 3, 1, 1), (4, 3, 2, 1), (5, 3, 2, 0), (4, 1, 2, 0), (6, (3, 2), (3, 2), (1, 0)), (4, 3, 1, 1)])
-def test_a_small_map_as_matrix_product_is_the_same_convolution(size, kernel, stride, padding):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 6, kernel, stride, padding)).to(memory_format=torch.channels_last)
-    conv, products = model[0], []
-    x = torch.randn(5, 4, size, size, requires_grad=True)
-
-    def run():
-        output = model(x)
-        return (output, *torch.autograd.grad(output.square().sum(), (x, conv.weight, conv.bias)))
-
-    plain = run()
-    with helpers.small_maps_as_matmul(model):
-        linear = F.linear
-        try:
-            F.linear = lambda *args: products.append(1) or linear(*args)
-            fast = run()
-        finally:
-            F.linear = linear
-    assert bool(products) == (plain[0][0, 0].numel() <= 9)
-    for a, b in zip(plain, fast):
-        assert a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
-
-
-def test_small_maps_as_matmul_leaves_the_model_as_it_was_and_other_convolutions_alone():
-    class Own(nn.Conv2d):
-        pass
-
-    model = nn.ModuleList([
-        nn.Conv2d(4, 4, 3), Own(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2),
-        nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")])
+@pytest.mark.parametrize("kind, dtype, active", [
+    ("cpu", BFLOAT16, True), ("cpu", FLOAT32, False), ("cuda", BFLOAT16, False)])
+def test_only_plain_convolutions_are_matrix_products_and_only_within(kind, dtype, active):
+    options = [{"groups": 2}, {"dilation": 2}, {"padding": "same"}, {"padding_mode": "reflect"}]
+    others = [nn.Conv2d(4, 4, 3, **option) for option in options]
+    model = nn.ModuleList([nn.Conv2d(4, 4, 3), nn.LazyConv2d(4, 3), *others])
     kinds = [type(m) for m in model]
     with pytest.raises(KeyboardInterrupt):
-        with helpers.small_maps_as_matmul(model):
-            assert [type(m) is kind for m, kind in zip(model, kinds)] == [False] + 5 * [True]
-            assert isinstance(model[0], nn.Conv2d)
+        with helpers.small_maps_as_matmul(model, torch.device(kind), dtype):
+            assert [type(m) is not k for m, k in zip(model, kinds)] == [active] + 5 * [False]
             raise KeyboardInterrupt
     assert [type(m) for m in model] == kinds
 
 
-def test_the_optimiser_takes_a_closure_and_its_state_can_be_saved_and_loaded(tiny_net, loaders):
+@pytest.mark.parametrize("dtype, atol", [(FLOAT32, 1e-4), (BFLOAT16, 0.08)])
+@pytest.mark.parametrize("shape", [(9, 40), (40, 9), (9, 9)])
+def test_three_steps_bring_larger_singular_values_near_one_and_smaller_ones_up(shape, dtype, atol):
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 9))[0] for n in shape)
+    values = torch.tensor([0.7, 0.5, 0.35, 0.25, 0.2, 0.15, 0.11, 0.01, 0.001])
+    values /= values.norm()  # as shares of the Frobenius norm
+    result = helpers.orthogonalise(30 * (u * values) @ v.T, dtype)
+    after = (u.T @ result.float() @ v).diagonal()
+    assert torch.allclose((u * after) @ v.T, result.float(), atol=atol)  # the directions stay
+    assert ((after[:7] > 0.66) & (after[:7] < 1.22)).all()
+    assert torch.allclose(after[7:], 40.5 * values[7:], rtol=0.02, atol=atol)
+    for _ in range(3):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    assert torch.allclose(after, values, atol=atol) and result.dtype == dtype
+    assert not helpers.orthogonalise(torch.zeros(shape), dtype).any()
+
+
+def test_muon_takes_convolutions_and_decay_spares_biases_and_normalisation(tiny_net):
+    tiny_net.features[0].bias.requires_grad_(False)
+    groups = helpers.make_optimizer(tiny_net, RECIPE).param_groups
+    values = [[g[name] for name in ("muon", "lr", "weight_decay")] for g in groups]
+    assert values == [[True, 0.02, 0.05], [False, 0.01, 0.05], [False, 0.01, 0.0]]
+    assert [[p.ndim for p in g["params"]] for g in groups] == [[4, 4], [2], [1] * 6]
+
+
+@pytest.mark.parametrize("n_out, layout", [
+    (4, torch.channels_last), (4, torch.contiguous_format), (40, torch.channels_last)])
+def test_a_step_is_muons_or_adamws_also_after_the_state_was_saved(n_out, layout, tmp_path):
+    def as_weight(matrix):
+        return matrix.reshape(n_out, 3, 3, 3).permute(0, 3, 1, 2)
+
+    conv, linear = nn.Conv2d(3, n_out, 3, bias=False).to(memory_format=layout), nn.Linear(4, 2)
+    model = nn.ModuleList([conv, linear, nn.Conv2d(2, 2, 1)])  # the last one is not used
+    twin, unused = copy.deepcopy(linear), state_of(model[2])
+    optimizer = helpers.make_optimizer(model, replace(RECIPE, weight_decay=0.5))
+    groups = [{"params": [twin.weight], "weight_decay": 0.5}, {"params": [twin.bias]}]
+    reference = torch.optim.AdamW(groups, lr=RECIPE.adamw_lr, weight_decay=0.0)
+    momentum, expected = torch.zeros(n_out, 27), conv.weight.detach().clone()
+    for _ in range(2):
+        gradient = torch.randn(n_out, 27)
+        conv.weight.grad = as_weight(gradient).clone(memory_format=layout)
+        for a, b in zip(linear.parameters(), twin.parameters()):
+            a.grad = b.grad = torch.randn_like(a)
+        optimizer.step(), reference.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        update = helpers.orthogonalise(0.05 * gradient + 0.95 * momentum, FLOAT32)
+        expected = expected * 0.99 - 0.02 * 0.2 * max(n_out, 27)**0.5 * as_weight(update)
+        assert torch.allclose(conv.weight, expected, atol=1e-5)
+        assert torch.allclose(state_of(linear), state_of(twin), atol=1e-7)
+        torch.save(optimizer.state_dict(), tmp_path / "state")
+        optimizer = helpers.make_optimizer(model, RECIPE)  # the state has its own settings
+        optimizer.load_state_dict(torch.load(tmp_path / "state"))
+    assert torch.equal(state_of(model[2]), unused)
+
+
+@pytest.mark.parametrize("steps, warmup_share", [(10, 0.15), (40, 0.15), (40, 0.5), (7, 0.3)])
+def test_the_schedule_is_torchs_one_cycle(steps, warmup_share):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1.0, steps, pct_start=warmup_share, div_factor=10, cycle_momentum=False)
+    for step in range(steps):
+        rate = helpers.one_cycle(step, steps, warmup_share)
+        assert rate == pytest.approx(reference.get_last_lr()[0], abs=1e-3)
+        optimizer.step(), reference.step()
+
+
+@pytest.mark.parametrize("share, expected", [
+    (0.15, [1]), (1.0, [1]), (0.5, [1, 0]), (0.1, [1, 0.5, 0]), (0.25, [1, 0.75, 0.25, 0])])
+def test_the_schedule_of_very_few_steps_has_its_peak_and_ends_at_0(share, expected):
+    rates = [helpers.one_cycle(i, len(expected), share) for i in range(len(expected))]
+    assert rates == pytest.approx(expected, abs=1e-9)
+
+
+def test_an_epoch_follows_the_criterion_and_reports_plain_means_over_images(tiny_net, loaders):
     images, targets = next(iter(loaders[0]))
-    optimizer = helpers.make_optimizer(tiny_net, RECIPE)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(tiny_net(images), targets)
-        loss.backward()
-        return loss
-
-    losses = [optimizer.step(closure).item() for _ in range(5)]
-    assert losses[-1] < losses[0]
-    twin = copy.deepcopy(tiny_net)
-    resumed = helpers.make_optimizer(twin, RECIPE)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for model, opt in ((tiny_net, optimizer), (twin, resumed)):
-        opt.zero_grad()
-        F.cross_entropy(model(images), targets).backward()
-        opt.step()
-    assert torch.equal(weights_of(tiny_net), weights_of(twin))
-
-
-def test_an_epoch_reports_means_over_images_and_steps_the_schedule_with_every_batch(tiny_net, labelled_images):
-    images, labels = labelled_images
-    loader = helpers.make_loader(images[:70], labels[:70], helpers.train_transform, 32, 24, seed=1)
-    loader.sampler.drop_last = False  # batches of 24, 24 and 22
-    optimizer = torch.optim.SGD(tiny_net.parameters(), lr=0.0)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    outputs, steps = [], []
-    tiny_net.eval()  # the loop itself switches to training mode
-    tiny_net.fc.register_forward_hook(lambda m, args, output: outputs.append((m.training, output.detach())))
-    targets = []
-    plain_getitem = type(loader.dataset).__getitem__
-
-    class Recording(type(loader.dataset)):
-        def __getitem__(self, indices):
-            batch = plain_getitem(self, indices)
-            targets.append(batch[1])
-            return batch
-
-    loader.dataset.__class__ = Recording
-    loss, accuracy = helpers.train_one_epoch(
-        tiny_net, nn.CrossEntropyLoss(label_smoothing=0.3), optimizer, scheduler, loader, CPU, torch.float32,
-        lambda step, n: steps.append((step, n)))
-    assert all(training for training, _ in outputs) and scheduler.last_epoch == 3
-    logits, target = torch.cat([o for _, o in outputs]), torch.cat(targets)
-    assert loss == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)  # without the smoothing
-    assert accuracy == pytest.approx((logits.argmax(1) == target).float().mean().item())
-    assert steps == [(1, 24), (2, 48), (3, 70)]
-
-
-def test_a_step_changes_the_weights_by_its_own_gradient_only(tiny_net, loaders):
-    images, targets = next(iter(loaders[0]))
-    twin = copy.deepcopy(tiny_net)
-    optimizer = torch.optim.SGD(tiny_net.parameters(), lr=0.1)
-    for p in tiny_net.parameters():
+    batches = [(images[i:i + 10], targets[i:i + 10]) for i in (0, 10, 20)]  # of 10, 10 and 4
+    twin, criterion = copy.deepcopy(tiny_net), nn.CrossEntropyLoss(label_smoothing=0.3)
+    optimizer, reference = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (tiny_net, twin))
+    scheduler, logits, steps = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5), [], []
+    for p in tiny_net.eval().parameters():  # the epoch itself switches to training mode
         p.grad = torch.ones_like(p)  # left over from before: must not count
-    criterion = nn.CrossEntropyLoss()
-    logits = helpers.train_step(tiny_net, criterion, optimizer, images, targets, CPU, torch.float32)
-    loss = criterion(twin(images), targets)
-    loss.backward()
-    assert logits.shape == (24, 3) and not logits.requires_grad
-    for p, q in zip(tiny_net.parameters(), twin.parameters()):
-        assert torch.allclose(p, q - 0.1 * q.grad, atol=1e-6)
+    loss, accuracy = helpers.train_one_epoch(
+        tiny_net, criterion, optimizer, scheduler, batches, CPU, FLOAT32,
+        lambda *args: steps.append(args))
+    for x, y in batches:
+        logits.append(twin(x))
+        reference.zero_grad()
+        criterion(logits[-1], y).backward()
+        reference.step()
+        reference.param_groups[0]["lr"] /= 2  # the schedule steps with every batch
+    assert torch.allclose(state_of(tiny_net), state_of(twin), atol=1e-5)
+    logits = torch.cat(logits)
+    assert loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    assert steps == [(1, 10), (2, 20), (3, 24)]
 
 
-def test_a_loss_that_is_not_finite_names_epoch_step_and_learning_rate(tiny_net, loaders):
-    calls = []
-
-    def poison(module, args, output):
-        calls.append(module.training)
-        return output * math.nan if sum(calls) == 5 else output  # the fifth training batch
-
-    tiny_net.fc.register_forward_hook(poison)
-    with pytest.raises(helpers.NonFiniteLoss) as error:
-        fit(tiny_net, loaders)
-    message = str(error.value)
-    assert "loss is nan" in message and "epoch 2" in message and "step 2" in message
-    assert re.search(r"learning rate \d\.\d\de[+-]\d\d", message)
-    assert torch.isfinite(weights_of(tiny_net)).all()
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny_net, loaders):
+    before, optimizer = copy.deepcopy(tiny_net), torch.optim.SGD(tiny_net.parameters(), lr=0.5)
+    with pytest.raises(DIVERGED, match="-inf in step 1, .*5.00e-01"):
+        helpers.train_one_epoch(
+            tiny_net, lambda y, _: y.sum() - math.inf, optimizer, None, loaders[0], CPU, FLOAT32)
+    assert all(map(torch.equal, tiny_net.parameters(), before.parameters()))
 
 
-def test_a_validation_loss_that_is_not_finite_stops_training_and_the_best_weights_stay(tiny_net, loaders, monkeypatch):
-    losses, states = iter([0.5, math.nan]), []
-
-    def evaluate(model, *args):
-        states.append(copy.deepcopy(model.state_dict()))
-        return next(losses), 0.5
-
-    monkeypatch.setattr(helpers, "evaluate", evaluate)
-    recipe = dataclasses.replace(RECIPE, adamw_lr=1e-6)  # the message names Muon's
-    with pytest.raises(
-            helpers.NonFiniteLoss, match=r"validation loss is nan at learning rate \d\.\d\de-0[1-4], step 3, epoch 2: "):
-        fit(tiny_net, loaders, recipe)
-    assert all(torch.equal(value, states[0][name]) for name, value in tiny_net.state_dict().items())
-
-
-def test_an_infinite_loss_stops_before_the_weights_change(tiny_net, loaders):
-    images, targets = next(iter(loaders[0]))
-    before = weights_of(tiny_net).clone()
-    optimizer = torch.optim.SGD(tiny_net.parameters(), lr=0.5)
-    tiny_net.features[1].eval(), tiny_net.features[4].eval()
-    with pytest.raises(helpers.NonFiniteLoss, match="loss is inf at learning rate 5.00e-01"):
-        helpers.train_step(
-            tiny_net, lambda logits, y: logits.sum() * math.inf if logits.sum() > 0 else logits.sum() * -math.inf,
-            optimizer, images, targets, CPU, torch.float32)
-    assert torch.equal(weights_of(tiny_net), before)
+def test_prediction_averages_mirror_images_and_gives_each_module_its_mode_back(tiny_net, loaders):
+    tiny_net.train().features[1].eval().running_mean += 0.3
+    before, modes = state_of(tiny_net), [m.training for m in tiny_net.modules()]
+    both, targets = helpers.predict(tiny_net, loaders[1], CPU)
+    one, _ = helpers.predict(tiny_net, loaders[1], CPU, with_mirror_image=False)
+    assert [m.training for m in tiny_net.modules()] == modes and set(modes) == {True, False}
+    assert torch.equal(state_of(tiny_net), before)
+    images, labels = next(iter(loaders[1]))
+    plain, mirrored = (tiny_net.eval()(x).detach() for x in (images, images.flip(3)))
+    assert np.allclose(both, ((plain + mirrored) / 2).softmax(1), atol=1e-5)
+    assert np.allclose(one, plain.softmax(1), atol=1e-5) and not np.allclose(both, one, atol=1e-4)
+    assert both.dtype == np.float32 and targets.tolist() == labels.tolist()
+    expected = -np.log(both[range(18), labels]).mean(), (both.argmax(1) == targets).mean()
+    assert helpers.evaluate(tiny_net, loaders[1], CPU) == pytest.approx(expected, rel=1e-5)
+    tiny_net.fc.register_forward_hook(lambda m, args, output: torch.tensor([[1e3, 0, 0]] * 18))
+    loss, accuracy = helpers.evaluate(tiny_net, loaders[1], CPU)  # of errors it is certain of
+    assert (loss, accuracy) == pytest.approx((87.3 * 2 / 3, 1 / 3), abs=0.1)
 
 
-def interrupt_at(model, n):
-    calls = []
+@pytest.mark.parametrize("seconds, n_steps, batch_size, val_batches", [
+    ([1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1, 0.1], 8, 8, 18 / 8), ([9, 2, 2, 2, 2], 4, 24, 1)])
+def test_measuring_expects_all_steps_and_the_validation_and_changes_nothing(
+        tiny_net, labelled_images, clock, seconds, n_steps, batch_size, val_batches):
+    def everything():
+        others = [m.training for m in tiny_net.modules()] + [x.dataset.image_size for x in loaders]
+        generators = torch.get_rng_state(), loaders[0].generator.get_state()
+        return [state_of(tiny_net), torch.tensor(others), *generators]
 
-    def hook(module, args):
-        calls.append(1)
-        if len(calls) == n:
-            raise KeyboardInterrupt
+    def forward(module, args):
+        shapes[module.training].append(args[0].shape)
+        n = len(shapes[module.training])  # the first steps, which set up kernels, do not count
+        clock.append(seconds[n - 1] if module.training else 5.0 if n < 3 else 0.5)
+        assert type(module.features[0]) is helpers._SmallMapConv2d  # as for bfloat16
 
-    return model.register_forward_pre_hook(hook)
-
-
-def test_an_interrupted_training_keeps_its_best_weights_and_says_so(tiny_net, loaders):
-    uninterrupted = copy.deepcopy(tiny_net)
-    one_epoch, _ = fit(uninterrupted, loaders)
-    # 3 training batches and one validation batch, twice for the mirror image, make an epoch of 5 calls
-    interrupt_at(tiny_net, 2 * 5 + 2)
-    history, lines = fit(tiny_net, loaders)
-    assert history.stopped == "interrupted in epoch 3 of 4" and len(history.epochs) == len(lines) == 2
-    assert history.epochs == one_epoch.epochs[:2]
-    assert helpers.evaluate(tiny_net, loaders[1], CPU)[1] == history.best.val_accuracy
-
-
-def test_an_interruption_before_the_first_epoch_ends_is_passed_on_with_advice(tiny_net, loaders):
-    interrupt_at(tiny_net, 2)
-    with pytest.raises(KeyboardInterrupt, match="before its first epoch was complete"):
-        fit(tiny_net, loaders)
-
-
-def test_training_stops_before_it_runs_out_of_time(tiny_net, loaders):
-    history, _ = fit(tiny_net, loaders, seconds_left=0)
-    assert len(history.epochs) == 1 and history.stopped == "out of time after epoch 1 of 4"
-
-
-def test_an_epoch_on_larger_images_is_expected_to_take_longer(tiny_net, loaders, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(helpers.time, "perf_counter", lambda: clock[0])
-
-    def epoch_of_10_seconds(*args):
-        clock[0] += 10
-        return 1.0, 0.5
-
-    monkeypatch.setattr(helpers, "train_one_epoch", epoch_of_10_seconds)
-    recipe = dataclasses.replace(RECIPE, small_share=0.5)
-    epochs = {left: len(fit(tiny_net, loaders, recipe, image_size=64, seconds_left=left)[0].epochs) for left in (19, 20, 39, 40)}
-    assert epochs == {19: 1, 20: 2, 39: 2, 40: 4}
-
-
-def test_prediction_averages_each_image_with_its_mirror_image(tiny_net, loaders):
-    tiny_net.train()
-    tiny_net.features[1].running_mean += 0.3
-    probabilities, targets = helpers.predict(tiny_net, loaders[1], CPU)
-    assert tiny_net.training
-    images, expected_targets = next(iter(loaders[1]))
-    tiny_net.eval()
-    with torch.no_grad():
-        expected = ((tiny_net(images) + tiny_net(images.flip(3))) / 2).softmax(1)
-        plain = tiny_net(images).softmax(1)
-    assert np.allclose(probabilities, expected, atol=1e-5) and targets.tolist() == expected_targets.tolist()
-    assert not np.allclose(plain, expected, atol=1e-4)
-    assert np.allclose(helpers.predict(tiny_net, loaders[1], CPU, with_mirror_image=False)[0], plain, atol=1e-5)
-
-
-def test_evaluation_is_the_cross_entropy_and_accuracy_of_the_prediction(tiny_net, loaders):
-    probabilities, targets = helpers.predict(tiny_net, loaders[1], CPU)
-    loss, accuracy = helpers.evaluate(tiny_net, loaders[1], CPU)
-    assert loss == pytest.approx(-np.mean([math.log(p[t]) for p, t in zip(probabilities, targets)]), rel=1e-5)
-    assert accuracy == np.mean([p.argmax() == t for p, t in zip(probabilities, targets)])
-
-
-def test_evaluation_leaves_weights_and_statistics_alone(tiny_net, loaders):
-    before = weights_of(tiny_net).clone()
-    helpers.evaluate(tiny_net, loaders[1], CPU)
-    assert torch.equal(weights_of(tiny_net), before)
-
-
-def test_bfloat16_runs_and_float32_is_left_alone(tiny_net, loaders):
-    images, _ = next(iter(loaders[1]))
-    for dtype in (torch.bfloat16, torch.float32):
-        with helpers.autocast(CPU, dtype):
-            assert tiny_net(images).dtype == dtype
-    assert helpers.describe_dtype(torch.bfloat16) == "bfloat16"
-    assert len(fit(tiny_net, loaders, dtype=torch.bfloat16)[0].epochs) == 4
-
-
-def test_batches_go_to_the_device_in_channels_last(loaders):
-    images, targets = helpers.to_device(*next(iter(loaders[1])), CPU)
-    assert images.is_contiguous(memory_format=torch.channels_last) and targets.shape == (18,)
-    assert helpers.memory_format(torch.device("cuda")) == torch.channels_last
-    assert helpers.memory_format(torch.device("mps")) == torch.contiguous_format
-
-
-@pytest.mark.parametrize("kind, supported, expected", [
-    ("cpu", False, True), ("cuda", True, True), ("cuda", False, False), ("mps", True, False)])
-def test_bfloat16_is_there_on_cpus_and_newer_cuda_cards(monkeypatch, kind, supported, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if supported else (7, 5))
-    assert helpers.has_bfloat16(torch.device(kind)) is expected
-
-
-@pytest.mark.parametrize("precision", ["auto", "bfloat16", "float32"])
-def test_without_bfloat16_the_plan_takes_float32_and_says_so(tiny_net, loaders, monkeypatch, precision):
-    monkeypatch.setattr(helpers, "has_bfloat16", lambda device: False)
-    chosen = plan(tiny_net, loaders, precision=precision)
-    assert chosen.dtype == torch.float32
-    assert chosen.notes[0] == f"Precision: float32 (PRECISION={precision!r}; this cpu device has no bfloat16 autocast)."
-
-
-def plan(model, loaders, seconds_left=math.inf, precision="auto", recipe=RECIPE):
-    return helpers.plan_training(model, recipe, *loaders, 32, CPU, precision, seconds_left)
-
-
-def test_measuring_changes_neither_the_model_nor_the_loader_nor_any_generator(tiny_net, loaders):
-    before, state = weights_of(tiny_net).clone(), torch.get_rng_state()
-    own_state = loaders[0].generator.get_state()
-    seconds = helpers.measure_seconds(tiny_net, RECIPE, loaders[0], 48, CPU, torch.float32)
-    assert 0 < seconds < 5 and loaders[0].dataset.image_size == 32
-    assert torch.equal(weights_of(tiny_net), before) and torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(loaders[0].generator.get_state(), own_state)
+    loaders = [
+        helpers.make_loader(*(x[part] for x in labelled_images), train, 32, batch_size, seed=7)
+        for train, part in ((True, slice(0, 72)), (False, slice(72, 90)))]
+    tiny_net.eval().register_forward_pre_hook(forward)
+    before, shapes = everything(), {True: [], False: []}
+    measured = helpers.measure_epoch(tiny_net, RECIPE, *loaders, 48, CPU, BFLOAT16)
+    assert measured == pytest.approx(72 // batch_size * seconds[1] + val_batches * 2 * 0.5)
+    assert shapes[True] == [(batch_size, 3, 48, 48)] * n_steps
+    assert shapes[False] == [(min(batch_size, 18), 3, 48, 48)] * 4  # with their mirror images
+    assert all(map(torch.equal, before, everything()))
     assert all(p.grad is None for p in tiny_net.parameters())
 
 
-@pytest.mark.parametrize("fast, expected", [(0.50, torch.bfloat16), (0.83, torch.bfloat16), (0.84, torch.float32), (2, torch.float32)])
-def test_auto_takes_bfloat16_only_where_it_is_clearly_faster(tiny_net, loaders, monkeypatch, fast, expected):
-    def measure(model, recipe, loader, size, device, dtype):
-        return fast if dtype == torch.bfloat16 else 1.0
-
-    monkeypatch.setattr(helpers, "measure_seconds", measure)
-    chosen = plan(tiny_net, loaders)
-    assert chosen.dtype == expected
-    assert chosen.notes[0].startswith(f"Precision: {helpers.describe_dtype(expected)} (")
-    assert "1000 ms in float32" in chosen.notes[0]
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_precision_that_was_asked_for_is_taken(tiny_net, loaders, precision):
-    chosen = plan(tiny_net, loaders, precision=precision)
-    assert helpers.describe_dtype(chosen.dtype) == precision and repr(precision) in chosen.notes[0]
+@pytest.mark.parametrize("epochs, left, control, planned, pair", [
+    (8, 99, False, 8, False), (8, 8, False, 8, False), (8, 7.9, False, 7, False),
+    (8, 1, False, 1, False), (8, 0.9, False, 1, False), (8, -1, True, 1, False),
+    (8, 99, True, 8, True), (8, 16, True, 8, True), (8, 15.9, True, 7, True), (8, 8, True, 4, True),
+    (8, 7.9, True, 7, False), (2, 4, True, 2, True), (2, 3.9, True, 2, False)])
+def test_the_time_is_for_the_pair_or_one(monkeypatch, clock, epochs, left, control, planned, pair):
+    recipe, seconds = replace(RECIPE, epochs=epochs), left / 0.85 + 1e-9  # 15% in reserve
+    monkeypatch.setattr(helpers, "measure_epoch", lambda *args: 1.0)
+    plan = helpers.plan_training(None, recipe, None, None, 64, CPU, "float32", seconds, control)
+    assert (plan.recipe, plan.run_control) == (replace(recipe, epochs=planned), pair)
+    assert plan.estimate == planned and ("may overrun" in "".join(plan.notes)) == (left < 1)
+    assert ("No control" in "".join(plan.notes)) == (control and not pair)
 
 
-def test_the_epochs_are_cut_until_they_fit_and_the_cut_is_said(tiny_net, loaders, monkeypatch):
-    monkeypatch.setattr(helpers, "measure_seconds", lambda *args: 1.0)
-    per_epoch = 3 + 18 / 24 * 2 / 3  # 3 steps, and 18 validation images in batches of 24
-    report = 3 / 2  # half the steps of an epoch
-    whole = plan(tiny_net, loaders, seconds_left=4 * per_epoch / 0.9 + report + 0.1)
-    assert whole.recipe == RECIPE and 0 < whole.seconds < 0.1
-    assert whole.notes[1:] == ("Epochs: 4, all of the recipe's.", "Estimated training time: 0 min 14 s.")
-    cut = plan(tiny_net, loaders, seconds_left=4 * per_epoch / 0.9 + report - 0.01)
-    assert cut.recipe.epochs == 3 and cut.notes[1] == "Epochs cut from 4 to 3 to fit the 0 min 14 s left."
-    for left in (1, -5):
-        late = plan(tiny_net, loaders, seconds_left=left / 0.9 + report + 0.01)
-        assert late.recipe.epochs == 1
-        assert late.notes[1].startswith(f"Epochs: 1 of 4, and even that is more than the 0 min {max(left, 0):02d} s left")
+@pytest.mark.parametrize("precision, supported, large, measured, expected", [
+    ("auto", True, 4.5, [FLOAT32, BFLOAT16], BFLOAT16), ("float32", True, 1, [FLOAT32], FLOAT32),
+    ("auto", True, 4.6, [FLOAT32, BFLOAT16], FLOAT32), ("bfloat16", True, 9, [BFLOAT16], BFLOAT16),
+    ("auto", False, 1, [FLOAT32], FLOAT32), ("bfloat16", False, 1, [FLOAT32], FLOAT32)])
+def test_auto_takes_bfloat16_where_it_trains_1_2_times_as_fast_and_the_rest_is_as_asked(
+        monkeypatch, clock, precision, supported, large, measured, expected):
+    seconds = {(FLOAT32, 32): 1, (FLOAT32, 64): 5, (BFLOAT16, 32): 0.5, (BFLOAT16, 64): large}
+
+    def measure(model, recipe, train_loader, val_loader, size, device, dtype):
+        calls.append((dtype, size))
+        clock.append(100)
+        return seconds[dtype, size]
+
+    monkeypatch.setattr(helpers, "has_bfloat16", lambda device: supported)
+    calls, duration = [], seconds[expected, 32] + 2 * seconds[expected, 64]  # of 3 epochs
+    monkeypatch.setattr(helpers, "measure_epoch", measure)
+    left, recipe = 200 * len(measured) + duration / 0.85 + 0.01, replace(RECIPE, small_share=0.5)
+    plan = helpers.plan_training(None, recipe, None, None, 64, CPU, precision, left)
+    assert calls == [(dtype, size) for dtype in measured for size in (32, 64)]
+    assert (plan.dtype, plan.seconds) == (expected, 200 * len(measured))
+    assert (plan.recipe.epochs, plan.estimate) == (3, duration)
+    assert all(words in plan.notes[0] for words in (f": {str(expected)[6:]} ", repr(precision)))
+    assert ("no bfloat16" in plan.notes[0]) == (not supported)
 
 
-def test_the_time_that_measuring_took_is_not_planned_twice(tiny_net, loaders, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(helpers.time, "perf_counter", lambda: clock[0])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
+def test_a_training_follows_its_recipe_in_its_precision(tiny_net, loaders, monkeypatch, dtype):
+    def hook(model, args, output):
+        layouts = [x.is_contiguous(memory_format=torch.channels_last)
+                   for x in (args[0], model.features[3].weight)]
+        seen.add((model.training, type(model.features[0]), output.dtype, *layouts))
+        if model.training:
+            rates.append([group["lr"] for group in passed[2].param_groups])
 
-    def measure(*args):
-        clock[0] += 100
-        return 1.0
-
-    monkeypatch.setattr(helpers, "measure_seconds", measure)
-    chosen = plan(tiny_net, loaders, seconds_left=200 + 2 * 3.5 / 0.9 + 1.5 + 0.1)  # both precisions are measured
-    assert chosen.seconds == 200 and chosen.recipe.epochs == 2
-
-
-def test_slow_steps_are_measured_fewer_times(tiny_net, loaders, monkeypatch):
-    clock, steps = [0.0], []
-    monkeypatch.setattr(helpers.time, "perf_counter", lambda: clock[0])
-
-    def slow(*args):
-        steps.append(1)
-        clock[0] += 6
-
-    monkeypatch.setattr(helpers, "train_step", slow)
-    assert helpers.measure_seconds(tiny_net, RECIPE, loaders[0], 32, CPU, torch.float32) == 6
-    assert len(steps) == 2
+    recipe = replace(RECIPE, epochs=1, warmup_share=0.7, weight_decay=0.3, label_smoothing=0.2)
+    rates, seen, passed, train = [], set(), [], helpers.train_one_epoch
+    monkeypatch.setattr(helpers, "train_one_epoch", lambda *a: passed.extend(a) or train(*a))
+    tiny_net.register_forward_hook(hook)
+    fit(tiny_net, loaders, recipe, dtype=dtype)
+    peaks = np.array([recipe.muon_lr, recipe.adamw_lr, recipe.adamw_lr])
+    assert np.allclose(rates, [helpers.one_cycle(step, 3, 0.7) * peaks for step in range(3)])
+    kind = helpers._SmallMapConv2d if dtype == BFLOAT16 else nn.Conv2d
+    assert seen == {(training, kind, dtype, True, True) for training in (True, False)}
+    muon, smoothing = passed[2].param_groups[0], passed[1].label_smoothing
+    assert (muon["muon_dtype"], muon["weight_decay"], smoothing) == (dtype, 0.3, 0.2)
 
 
-def test_smaller_images_are_planned_as_cheaper(tiny_net, loaders, monkeypatch):
-    monkeypatch.setattr(helpers, "measure_seconds", lambda m, r, l, size, *rest: 1.0 if size == 64 else 0.25)
-    recipe = dataclasses.replace(RECIPE, small_share=0.5)
-    chosen = helpers.plan_training(tiny_net, recipe, *loaders, 64, CPU, "float32", math.inf)
-    seconds = 2 * 3 * 1.0 + 2 * 3 * 0.25 + 4 * 18 / 24 * 2 / 3
-    assert seconds == 9.5 and chosen.notes[-1] == "Estimated training time: 0 min 10 s."
+def test_training_learns_and_only_the_same_network_and_seed_train_alike(tiny_net, loaders, capsys):
+    def train(model, seed):
+        batches = []
+        model.register_forward_pre_hook(lambda m, args: batches.append(args[0].clone()))
+        return fit(model, loaders, seed=seed).epochs, state_of(model), torch.cat(batches)
+
+    models = [copy.deepcopy(tiny_net) for _ in range(4)]
+    helpers.replace_relu(models[2], nn.SiLU, 2)
+    first, same, swapped, other = map(train, models, (7, 7, 7, 8))
+    assert first[0][-1].val_accuracy >= 0.9 and first[0][-1].train_loss < first[0][0].train_loss
+    assert first[0] == same[0] and torch.equal(first[1], same[1])
+    assert first[0] != swapped[0] and torch.equal(first[2], swapped[2])  # the same batches
+    assert not torch.equal(first[2], other[2])
+    line = "Epoch {}/4 | Train Loss: # | Train Acc: #% | Val Loss: # | Val Acc: #%\n"
+    printed = re.sub(r"\d+\.\d+", "#", capsys.readouterr().out)
+    assert printed == "".join(line.format(epoch) for epoch in [1, 2, 3, 4] * 4)
+
+
+@pytest.mark.parametrize("call, event, left, kind, words, n_complete", [
+    (0, 1, math.inf, type(None), "None", 6), (0, 1, 0, str, "out of time after epoch 1 of 6", 1),
+    (12, STOP, math.inf, str, "in epoch 3 of 6", 2), (14, STOP, math.inf, str, "epoch 3 of 6", 2),
+    (2, STOP, math.inf, KeyboardInterrupt, "first epoch", 0),
+    (12, math.nan, math.inf, DIVERGED, "loss nan in step 2, .*rate 1.46e-02, epoch 3", 2),
+    (15, math.nan, math.inf, DIVERGED, "validation loss nan .*step 3, .*epoch 3", 2)])
+def test_the_last_complete_epochs_weights_and_the_image_size_stay_however_training_ends(
+        tiny_net, loaders, monkeypatch, call, event, left, kind, words, n_complete):
+    def hook(module, args, output):
+        calls.append((module.training, args[0].shape[-1]))
+        if len(calls) == call and event is STOP:
+            raise STOP
+        return output * event if len(calls) == call else output
+
+    calls, states, evaluate, accuracies = [], [], helpers.evaluate, iter(range(6, 0, -1))
+    monkeypatch.setattr(helpers, "evaluate", lambda *a: (evaluate(*a)[0], next(accuracies)))
+    tiny_net.register_forward_hook(hook)
+    recipe = replace(RECIPE, epochs=6, small_share=0.5)
+    try:
+        outcome = fit(tiny_net, loaders, recipe, 64, seconds_left=left, on_epoch=(
+            lambda line: states.append(state_of(tiny_net)))).stopped
+    except (KeyboardInterrupt, DIVERGED) as error:
+        outcome = error
+    assert isinstance(outcome, kind) and re.search(words, str(outcome))
+    assert len(states) == n_complete and not any(m.training for m in tiny_net.modules())
+    assert not states or torch.equal(state_of(tiny_net), states[-1])  # the last, not the best
+    assert [loader.dataset.image_size for loader in loaders] == [64, 64]
+    # an epoch is 3 training batches, and 1 of validation with its mirror image
+    expected = list(zip(([True] * 3 + [False] * 2) * 6, [32] * 15 + [64] * 15))
+    assert calls == expected[:call or 5 * n_complete]
+
+
+def test_an_epochs_time_is_expected_to_grow_with_the_area(tiny_net, loaders, clock, monkeypatch):
+    monkeypatch.setattr(helpers, "train_one_epoch", lambda *args: clock.append(10) or (1.0, 0.5))
+    recipe = replace(RECIPE, small_share=0.5)  # 4 epochs, of 32, 32, 64 and 64 pixels
+    for left, n_epochs in ((19, 1), (20, 2), (59, 2), (60, 4)):
+        history = fit(tiny_net, loaders, recipe, 64, seconds_left=left)
+        assert len(history.epochs) == n_epochs and history.seconds == 10 * n_epochs
