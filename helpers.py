@@ -39,7 +39,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 
 # ==== Reproducibility ============================================================================
 
-# Of this file as it was imported, so that a later edit is not mistaken for the code that ran.
+# Of this file as it was imported: a later edit is not the code that ran.
 SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 # The supported models and how many nn.ReLU modules each holds.
@@ -60,44 +60,38 @@ def check_parameters(values: Dict[str, object]) -> None:
     Raises ValueError for the first bad one: its name, its value and what is allowed.
     """
 
-    def whole(low, high):
-        return lambda v: type(v) is int and low <= v <= high
-
-    def number(low, high):
-        return lambda v: type(v) in (int, float) and low <= v <= high
+    def whole(low, high, what=""):
+        return (lambda v: type(v) is int and low <= v <= high,
+                f"a whole number from {low} to {high}{what}")
 
     def one_of(options):
-        return lambda v: any(v is o or isinstance(v, str) and v == o for o in options)
+        return (lambda v: any(v is o or isinstance(v, str) and v == o for o in options),
+                f"one of {list(options)}")
 
-    def class_names(v):
-        return (isinstance(v, (list, tuple)) and len(v) in (2, 3)
-                and all(map(one_of(CIFAR10_CLASSES), v)) and len(set(v)) == len(v))
-
-    yes_or_no = (one_of([True, False]), "True or False")
-    precisions = ["auto", "float32", "bfloat16"]
     n_relu = MODELS.get(str(values.get("MODEL_NAME")), 17)
+    is_epochs, whole_epochs = whole(1, 1000)
     rules = {
-        "SEED": (whole(0, 2**32 - 1), "a whole number from 0 to 4294967295"),
-        "MODEL_NAME": (one_of(MODELS), f"one of {list(MODELS)}"),
-        "PRETRAINED": yes_or_no,
-        "ALT_ACTIVATION": (one_of(ACTIVATIONS), f"one of {list(ACTIVATIONS)}"),
-        "FIRST_REPLACED": (
-            whole(1, n_relu),
-            f"a whole number from 1 to {n_relu}, the number of nn.ReLU modules in the model"),
+        "SEED": whole(0, 2**32 - 1),
+        "MODEL_NAME": one_of(MODELS),
+        "PRETRAINED": one_of([True, False]),
+        "ALT_ACTIVATION": one_of(ACTIVATIONS),
+        "FIRST_REPLACED": whole(1, n_relu, ", the number of nn.ReLU modules"),
         "CLASS_NAMES": (
-            class_names, f"a list of 2 or 3 different names out of {list(CIFAR10_CLASSES)}"),
-        "VAL_FRACTION": (number(0.01, 0.5), "a number from 0.01 to 0.5"),
-        "IMAGE_SIZE": (whole(32, 256), "a whole number of pixels from 32 to 256"),
-        "BATCH_SIZE": (whole(2, 1024), "a whole number of images from 2 to 1024"),
-        "EPOCHS": (
-            lambda v: v is None or whole(1, 1000)(v),
-            "None (the recipe's own number) or a whole number from 1 to 1000"),
+            lambda v: isinstance(v, (list, tuple)) and len(v) in (2, 3)
+            and all(n in CIFAR10_CLASSES for n in v) and len(set(v)) == len(v),
+            f"a list of 2 or 3 different names out of {list(CIFAR10_CLASSES)}"),
+        "VAL_FRACTION": (
+            lambda v: type(v) is float and 0.01 <= v <= 0.5, "a number from 0.01 to 0.5"),
+        "IMAGE_SIZE": whole(32, 256, " pixels"),
+        "BATCH_SIZE": whole(2, 1024, " images"),
+        "EPOCHS": (lambda v: v is None or is_epochs(v), f"None (the recipe's) or {whole_epochs}"),
         "DATA_DIR": (lambda v: isinstance(v, (str, Path)) and str(v).strip(), "a folder's path"),
-        "ALLOW_STAND_IN": yes_or_no,
-        "PRECISION": (one_of(precisions), f"one of {precisions}"),
-        "RUN_CONTROL": yes_or_no,
+        "ALLOW_STAND_IN": one_of([True, False]),
+        "PRECISION": one_of(["auto", "float32", "bfloat16"]),
+        "RUN_CONTROL": one_of([True, False]),
         "TIME_BUDGET_MINUTES": (
-            lambda v: number(0, 1440)(v) and v > 0, "a number above 0 and at most 1440"),
+            lambda v: type(v) in (int, float) and 0 < v <= 1440,
+            "a number above 0 and at most 1440"),
     }
     for name, (is_allowed, allowed) in rules.items():
         if name not in values:
@@ -109,8 +103,8 @@ def check_parameters(values: Dict[str, object]) -> None:
 def seed_everything(seed: int, generators: Sequence[torch.Generator] = ()) -> None:
     """Seed every source of randomness, and ``generators``, and ask for deterministic algorithms.
 
-    Follows https://pytorch.org/docs/stable/notes/randomness.html, for the whole process.
-    Operations that have no deterministic form (some on GPU) warn instead of failing.
+    Follows https://pytorch.org/docs/stable/notes/randomness.html. Operations without a
+    deterministic form (some on GPU) warn instead of failing.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -119,8 +113,7 @@ def seed_everything(seed: int, generators: Sequence[torch.Generator] = ()) -> No
         generator.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     # Deterministic mode would also fill each new tensor with NaN: slow, and nothing reads it here.
     if hasattr(torch.utils, "deterministic"):
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -135,9 +128,9 @@ def pick_device() -> torch.device:
 
 def environment_summary(device: torch.device) -> str:
     """One line: the versions that made the numbers, and the device."""
-    torch_version, vision_version = (m.__version__.split("+")[0] for m in (torch, torchvision))
-    return (f"Python {platform.python_version()} | torch {torch_version} | "
-            f"torchvision {vision_version} | device: {device.type}")
+    versions = [m.__version__.split("+")[0] for m in (torch, torchvision)]
+    return "Python {} | torch {} | torchvision {} | device: {}".format(
+        platform.python_version(), *versions, device.type)
 
 
 def determinism_summary(seed: int) -> str:
@@ -154,10 +147,7 @@ def format_duration(seconds: float) -> str:
 
 
 class LiveLine:
-    """A line of progress that is overwritten in place in a notebook, and silent in scripts.
-
-    It uses Jupyter's display updates, not carriage returns: a saved notebook holds the last text.
-    """
+    """A line of progress that a notebook overwrites and saves as it was last; silent in scripts."""
 
     def __init__(self, seconds_between_updates: float = 1.0):
         self.handle, self.last_update = None, -math.inf
@@ -229,7 +219,7 @@ def download(url: str, path: Path, algorithm: str, digest: str) -> None:
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise SourceUnavailable(f"{host}: {describe_error(error)}") from error
     length = response.headers.get("Content-Length", "")
-    total = int(length) if length.isdigit() else 0
+    total = int(length) if length.isdecimal() and len(length) < 16 else 0
     of_total = f" of {total / 1e6:.0f} MB" if total else " MB"
     progress, hasher, done, start = LiveLine(), hashlib.new(algorithm), 0, time.monotonic()
 
@@ -271,7 +261,6 @@ class SurgeryReport:
     """What :func:`replace_relu` did. Indices are 1-based occurrences of nn.ReLU."""
 
     total: int
-    kept_names: Tuple[str, ...]
     replaced_indices: Tuple[int, ...]
     replaced_names: Tuple[str, ...]
     activation: str
@@ -359,9 +348,8 @@ def replace_relu(
 
     for name in replaced:
         if slot(name) in map(slot, kept):
-            raise ValueError(
-                f"{name} is in a container that is registered twice and would have to be both "
-                "kept and replaced: nothing was replaced.")
+            raise ValueError(f"{name} is in a container that is registered twice and would have "
+                             "to be both kept and replaced: nothing was replaced.")
     new = [make_activation() for _ in replaced]  # all made before the first is set
     if len(set(map(id, new))) < len(new) or len(set(map(type, new))) > 1 or any(
             not isinstance(m, nn.Module) or isinstance(m, nn.ReLU) or find_modules(m, nn.ReLU)
@@ -377,7 +365,7 @@ def replace_relu(
         raise RuntimeError(f"{remaining} nn.ReLU remain and {inserted} new modules were inserted, "
                            f"instead of {len(kept)} and {len(replaced)}.")
     return SurgeryReport(
-        len(names), tuple(kept), tuple(range(first_replaced, len(names) + 1)), tuple(replaced),
+        len(names), tuple(range(first_replaced, len(names) + 1)), tuple(replaced),
         type(new[0]).__name__, remaining, inserted)
 
 
@@ -415,20 +403,6 @@ def evaluation_mode(model: nn.Module):
             module.training = training
 
 
-@torch.inference_mode()
-def check_forward(model: nn.Module, image_size: int, n_classes: int) -> Tuple[int, ...]:
-    """The shape of the logits of two blank images; the model is left as it was.
-
-    Raises ValueError if it is not (2, n_classes).
-    """
-    weight = next(model.parameters())
-    with evaluation_mode(model):
-        shape = tuple(model(weight.new_zeros(2, 3, image_size, image_size)).shape)
-    if shape != (2, n_classes):
-        raise ValueError(f"two images give logits of shape {shape}: it must be (2, {n_classes}).")
-    return shape
-
-
 # ==== CIFAR-10 ===================================================================================
 
 ARCHIVE_NAME, ARCHIVE_MD5 = datasets.CIFAR10.filename, datasets.CIFAR10.tgz_md5
@@ -448,8 +422,7 @@ class Cifar10:
     """Both splits of CIFAR-10 in memory, and where they came from.
 
     Images are uint8 arrays (N, 32, 32, 3), RGB; labels are int64 arrays (N,) of original ids, 0
-    to 9. ``source`` is one line for the reader, ``note`` what it means for the accuracies, and
-    ``skipped`` holds the reasons why better sources could not serve.
+    to 9. ``note`` says what the source means for accuracies, ``skipped`` why others did not serve.
     """
 
     train_images: np.ndarray
@@ -467,10 +440,9 @@ def load_cifar10(
 ) -> Cifar10:
     """CIFAR-10 from the first source that works.
 
-    In this order: the official batches or archive in ``data_dir``, image folders there, a
-    download of the archive into it from each of ``urls``, and, if ``allow_stand_in``,
-    :func:`make_stand_in`. That only replaces missing data: damaged files, or a download that
-    cannot be stored, are an error. Raises RuntimeError with every source and why it failed.
+    In this order: official batches or archive in ``data_dir``, image folders there, a download
+    into it from each of ``urls``, and, if ``allow_stand_in``, :func:`make_stand_in`, which never
+    replaces damaged files. Raises RuntimeError with every source and why it failed.
     """
     data_dir, skipped, broken = Path(data_dir), [], False
 
@@ -537,29 +509,29 @@ def load_image_folders(data_dir: Path) -> Cifar10:
     SourceBroken if a class has no image, or an image (it is named) cannot be read or is not 32x32.
     """
     root, arrays, suffixes = data_dir / IMAGE_FOLDERS, [], set()
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise SourceUnavailable(f"no image folders '{IMAGE_FOLDERS}' in '{data_dir}'")
 
     def is_image(path: str) -> bool:
-        path = Path(path)
-        return path.suffix.lower() in (".png", ".jpg", ".jpeg") and not path.name.startswith(".")
+        is_hidden = any(part.startswith(".") for part in Path(path).relative_to(root).parts)
+        return not is_hidden and path.lower().endswith((".png", ".jpg", ".jpeg"))
 
     def read(path: str) -> np.ndarray:
         file = Path(path).relative_to(data_dir).as_posix()
+        progress.update(f"Reading {file}")
         try:
             image = np.asarray(datasets.folder.default_loader(path))
         except Exception as error:  # Pillow raises many kinds on damaged files
             raise SourceBroken(f"{file} cannot be read as an image: replace it") from error
         if image.shape != (32, 32, 3):
             raise SourceBroken(f"{file} has the shape {image.shape}, not (32, 32, 3): replace it")
-        progress.update(f"Reading {file}")
         return image
 
     for split in ("train", "test"):
         classes, progress = {name: i for i, name in enumerate(CIFAR10_CLASSES)}, LiveLine()
         try:
             samples = datasets.folder.make_dataset(root / split, classes, is_valid_file=is_image)
-        except FileNotFoundError as error:  # no image of a class
+        except OSError as error:  # also where a class has no image
             raise SourceBroken(f"{IMAGE_FOLDERS}/{split}: {describe_error(error)}") from error
         suffixes |= {Path(path).suffix.lower() for path, _ in samples}
         arrays += [np.stack([read(path) for path, _ in samples]), np.array([i for _, i in samples])]
@@ -576,8 +548,8 @@ def load_image_folders(data_dir: Path) -> Cifar10:
 def make_stand_in(seed: int) -> Cifar10:
     """scikit-learn's handwritten digits in the form of CIFAR-10, for a run with no data at all.
 
-    1,797 real images of 8x8 grey pixels, enlarged to 32x32; digit ``d`` takes the place of the
-    class with original id ``d``. A stratified fifth of them, chosen by ``seed``, is the test set.
+    1,797 images of 8x8 grey pixels, enlarged to 32x32; digit ``d`` takes the place of original id
+    ``d``. A stratified fifth of them, chosen by ``seed``, is the test set.
     """
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
@@ -598,8 +570,8 @@ def class_mapping(class_names: Sequence[str]) -> Tuple[Dict[int, int], Dict[str,
     or repeated.
     """
     if not set(class_names) <= set(CIFAR10_CLASSES) or len(set(class_names)) < len(class_names):
-        raise ValueError(
-            f"class names are {list(class_names)}: choose from {list(CIFAR10_CLASSES)}, each once.")
+        raise ValueError(f"class names are {list(class_names)}: choose from "
+                         f"{list(CIFAR10_CLASSES)}, each once.")
     original_ids = sorted(CIFAR10_CLASSES.index(name) for name in class_names)
     id_mapping = {original: new for new, original in enumerate(original_ids)}
     return id_mapping, {CIFAR10_CLASSES[original]: new for original, new in id_mapping.items()}
@@ -630,18 +602,13 @@ def stratified_split(
 
     Raises ValueError if a class is too small to have an image on both sides.
     """
-    counts = np.unique(labels, return_counts=True)[1]
-    if (counts * min(val_fraction, 1 - val_fraction) < 1).any():
-        raise ValueError(f"val_fraction is {val_fraction}: a class with {counts.min()} images would "
-                         "have none on one side of the split; choose a fraction nearer to 0.5.")
+    smallest = np.unique(labels, return_counts=True)[1].min()
+    if smallest * min(val_fraction, 1 - val_fraction) < 1:
+        raise ValueError(f"val_fraction is {val_fraction}: a class with {smallest} images would "
+                         "have none on one side; choose a fraction nearer to 0.5.")
     train, val = train_test_split(
         np.arange(len(labels)), test_size=val_fraction, stratify=labels, random_state=seed)
     return np.sort(train), np.sort(val)
-
-
-def count_per_class(labels: np.ndarray, n_classes: int) -> Dict[int, int]:
-    """New id to number of images."""
-    return {i: int(n) for i, n in enumerate(np.bincount(labels, minlength=n_classes))}
 
 
 # ==== Loaders ====================================================================================
@@ -651,10 +618,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class PerImage:
-    """Apply a random torchvision transform to each image of a batch on its own.
-
-    On a batch torchvision would draw once and treat all images alike.
-    """
+    """Apply a random torchvision transform to each image of a batch, not to all alike."""
 
     def __init__(self, transform: Callable):
         self.transform = transform
@@ -689,8 +653,7 @@ class ImageBatches(Dataset):
 
     def __init__(self, images, labels, train: bool, image_size: int):
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
-        self.train = train
+        self.labels, self.train = torch.from_numpy(np.asarray(labels, dtype=np.int64)), train
         self.set_image_size(image_size)
 
     def set_image_size(self, image_size: int) -> None:
@@ -731,9 +694,8 @@ MIN_EPOCHS = 4  # a pair of trainings with fewer would show little: the control 
 class Recipe:
     """How to train, chosen by the weights that were really loaded.
 
-    ``muon_lr`` and ``adamw_lr`` are the peaks of the learning rates, see :func:`make_optimizer`
-    and :func:`one_cycle`. The first ``small_share`` of the epochs sees images of half the size:
-    cheaper, and enough to learn the coarse features.
+    ``muon_lr`` and ``adamw_lr`` are peaks of the learning rates (see :func:`one_cycle`). The first
+    ``small_share`` of the epochs sees images of half the size, enough for the coarse features.
     """
 
     name: str
@@ -796,8 +758,7 @@ class History:
 class Plan:
     """What :func:`plan_training` chose: ``recipe`` holds the number of epochs of each training.
 
-    ``estimate`` is the expected duration of one training and ``seconds`` how long measuring
-    took, both in seconds; ``notes`` say why, a sentence each.
+    ``estimate``: seconds of one training; ``seconds``: those that measuring took; ``notes``: why.
     """
 
     dtype: torch.dtype
@@ -806,11 +767,6 @@ class Plan:
     estimate: float
     seconds: float
     notes: Tuple[str, ...]
-
-
-def describe_dtype(dtype: torch.dtype) -> str:
-    """``float32`` or ``bfloat16``."""
-    return str(dtype).split(".")[-1]
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -830,18 +786,26 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 def to_device(images, targets, device) -> Tuple[torch.Tensor, torch.Tensor]:
     """Move a batch to the device, in its :func:`memory_format`."""
-    images = images.to(device, memory_format=memory_format(device), non_blocking=True)
-    return images, targets.to(device, non_blocking=True)
+    return images.to(device, memory_format=memory_format(device)), targets.to(device)
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
     """Automatic mixed precision for bfloat16, and nothing for float32."""
-    autocasts = dtype == torch.bfloat16
-    return torch.autocast(device.type, dtype) if autocasts else contextlib.nullcontext()
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(
+        device.type, dtype)
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """Seconds that a product of two 512x512 matrices takes on the CPU, the best of 3."""
+    matrix, ends = torch.ones(512, 512, dtype=dtype), [time.perf_counter()]
+    for _ in range(3):
+        matrix @ matrix
+        ends.append(time.perf_counter())
+    return float(np.diff(ends).min())
 
 
 class _SmallMapConv2d(nn.Conv2d):
-    """A convolution that runs as one matrix product where its output is at most 3x3 pixels."""
+    """A convolution that is one matrix product where its output is at most 3x3 pixels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (kh, kw), (sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding
@@ -849,8 +813,8 @@ class _SmallMapConv2d(nn.Conv2d):
         if x.dim() != 4 or h * w > 9:
             return super().forward(x)
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
-        shifts = [(i, j) for i in range(kh) for j in range(kw)]
-        shifted = [padded[:, i:i + sh * h:sh, j:j + sw * w:sw] for i, j in shifts]
+        shifted = [padded[:, i:i + sh * h:sh, j:j + sw * w:sw]
+                   for i in range(kh) for j in range(kw)]
         matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view, if it is channels-last
         patches = torch.stack(shifted, dim=3).flatten(3)
         return F.linear(patches, matrix, self.bias).permute(0, 3, 1, 2)
@@ -860,9 +824,8 @@ class _SmallMapConv2d(nn.Conv2d):
 def small_maps_as_matmul(model: nn.Module, device: torch.device, dtype: torch.dtype):
     """Within it, convolutions on very small maps run as matrix products, where that is faster.
 
-    The deepest convolutions of a ResNet see maps of 1x1 to 3x3 pixels when images are small. CPU
-    kernels for bfloat16, and all those for processors without AVX-512, are slow there. Same modules
-    and parameters, the same result up to rounding; the README has the gain.
+    A ResNet's deepest convolutions see maps of 1x1 to 3x3 pixels when images are small, where the
+    CPU's bfloat16 and AVX2 kernels are slow. Same modules, same result up to rounding.
     """
     slow = dtype == torch.bfloat16 or torch.backends.cpu.get_cpu_capability() == "AVX2"
     convolutions = [
@@ -932,23 +895,20 @@ def make_optimizer(model: nn.Module, recipe: Recipe, dtype=torch.float32) -> Muo
 
     Weight decay acts on convolution and linear weights, not on biases and normalisation.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    convolutions = [p for p in parameters if p.ndim == 4]
-    matrices, vectors = ([p for p in parameters if p.ndim == n] for n in (2, 1))
-    adamw = {"lr": recipe.adamw_lr, "muon": False}
+    settings = {4: {"lr": recipe.muon_lr, "muon": True, "muon_dtype": dtype},
+                2: {"lr": recipe.adamw_lr, "muon": False},
+                1: {"lr": recipe.adamw_lr, "muon": False, "weight_decay": 0.0}}
     groups = [
-        {"params": convolutions, "lr": recipe.muon_lr, "muon": True, "muon_dtype": dtype},
-        {"params": matrices, **adamw}, {"params": vectors, **adamw, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return MuonAdamW(groups, weight_decay=recipe.weight_decay)
+        {"params": [p for p in model.parameters() if p.requires_grad and p.ndim == n], **setting}
+        for n, setting in settings.items()]
+    return MuonAdamW([g for g in groups if g["params"]], weight_decay=recipe.weight_decay)
 
 
 def one_cycle(step: int, total_steps: int, warmup_share: float) -> float:
     """The learning rate of a step (from 0), as a share of its peak.
 
-    Along cosines from a tenth up to 1 at the end of the warm-up, and down to 0 at the last step
-    (Smith and Topin 2018, https://arxiv.org/abs/1708.07120). torch's OneCycleLR fails on very
-    short trainings.
+    Along cosines from a tenth up to 1 in the warm-up, then down to 0 at the last step (Smith and
+    Topin 2018, https://arxiv.org/abs/1708.07120). torch's OneCycleLR fails on very few steps.
     """
     peak = max(0.0, warmup_share * total_steps - 1)
     if step < peak:
@@ -965,11 +925,9 @@ def train_one_epoch(
 ) -> Tuple[float, float]:
     """Train on every batch once; returns (mean cross-entropy, accuracy) over the images seen.
 
-    ``criterion`` takes float32 logits (B, n_classes) and int64 targets (B,); ``data_loader``
-    yields float32 images (B, 3, H, W) and targets. ``scheduler`` steps with every batch; after
-    each, ``on_step`` is called with the number of steps and of images so far.
-
-    Raises NonFiniteLoss if a loss is not finite: names the step, which is not made, and the rate.
+    Batches are float32 images (B, 3, H, W) and int64 targets (B,); ``criterion`` takes logits and
+    targets. ``scheduler`` steps with every batch; then ``on_step`` gets the number of steps and of
+    images so far. Raises NonFiniteLoss, before the step, if a loss is not finite.
     """
     model.train()
     loss_sum = correct = seen = 0
@@ -1020,9 +978,8 @@ def predict(
 def evaluate(model, data_loader, device, dtype=torch.float32) -> Tuple[float, float]:
     """(mean cross-entropy, accuracy) of :func:`predict` over a loader."""
     probabilities, targets = predict(model, data_loader, device, dtype)
-    of_target = probabilities[np.arange(len(targets)), targets].astype(np.float64)
-    loss = -np.log(np.maximum(of_target, np.finfo(np.float32).tiny)).mean()
-    return float(loss), float((probabilities.argmax(1) == targets).mean())
+    of_target = np.maximum(probabilities[range(len(targets)), targets], np.finfo(np.float32).tiny)
+    return float(-np.log(of_target).mean()), float((probabilities.argmax(1) == targets).mean())
 
 
 def measure_epoch(
@@ -1042,7 +999,7 @@ def measure_epoch(
         dataset, start = copy.copy(loader.dataset), time.perf_counter()
         dataset.set_image_size(image_size)
         for i in range(n):
-            if i < 4 or time.perf_counter() - start < 6:
+            if i < 3 or time.perf_counter() - start < 6:
                 yield dataset[list(range(min(batch_size, len(dataset))))]
 
     with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
@@ -1063,15 +1020,21 @@ def plan_training(
 ) -> Plan:
     """Measure a few steps, choose the precision, and fit the trainings into the time left.
 
-    ``precision`` "auto" takes bfloat16 where the training is at least 1.2 times as fast with it.
-    Of ``seconds_left`` 15% is kept in reserve, for measuring, the report and wrong estimates; the
-    trainings share the rest, and epochs are cut, down to 1, until they fit. ``run_control``
-    plans for two networks with the same number of epochs; the control is left out if they would
-    get fewer than ``MIN_EPOCHS`` each (or than the recipe's, if that is less).
+    ``precision`` "auto" takes bfloat16 where training is at least 1.2 times as fast with it. Where
+    its products take twice as long as float32's it is not tried: without bfloat16 instructions it
+    can be a hundred times slower. Of ``seconds_left`` 15% is kept in reserve for the report; the
+    trainings share the rest, and epochs are cut, down to 1, until they fit. ``run_control`` plans
+    for two networks, or for one if they would get fewer than ``MIN_EPOCHS`` epochs each.
     """
     start = time.perf_counter()
     dtypes = [torch.float32, torch.bfloat16] if precision == "auto" else [getattr(torch, precision)]
-    dtypes = [d for d in dtypes if has_bfloat16(device)] or [torch.float32]
+    reason = ""
+    if not has_bfloat16(device):
+        dtypes, reason = [torch.float32], f"; no bfloat16 on this {device.type} device"
+    elif precision == "auto" and device.type == "cpu":
+        times_slower = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+        if times_slower > 2:
+            dtypes, reason = dtypes[:1], f"; bfloat16 products are {times_slower:.0f} times slower"
     seconds = {
         (d, size): measure_epoch(model, recipe, train_loader, val_loader, size, device, d)
         for d in dtypes for size in sorted(set(recipe.image_sizes(image_size)))}
@@ -1082,22 +1045,20 @@ def plan_training(
 
     an_epoch = {d: estimate(recipe.epochs, d) / recipe.epochs for d in dtypes}
     dtype = dtypes[-1] if an_epoch[dtypes[0]] >= 1.2 * an_epoch[dtypes[-1]] else dtypes[0]
-    measured = ", ".join(f"{describe_dtype(d)} {s:.1f}" for d, s in an_epoch.items())
-    reason = "" if has_bfloat16(device) else f"; no bfloat16 on this {device.type} device"
+    measured = ", ".join(f"{str(d)[6:]} {s:.1f}" for d, s in an_epoch.items())
     measuring = time.perf_counter() - start
     left = 0.85 * (seconds_left - measuring)
 
     def fitting(networks: int) -> int:
         """The largest number of epochs that fits, 0 if none does."""
-        counts = range(1, recipe.epochs + 1)
-        return max([n for n in counts if networks * estimate(n, dtype) <= left], default=0)
+        return sum(networks * estimate(n + 1, dtype) <= left for n in range(recipe.epochs))
 
     pair = run_control and fitting(2) >= min(MIN_EPOCHS, recipe.epochs)
     networks = 2 if pair else 1
     epochs = max(1, fitting(networks))
     expected = estimate(epochs, dtype)
     notes = [
-        f"Precision: {describe_dtype(dtype)} (PRECISION={precision!r}{reason}; seconds an epoch: "
+        f"Precision: {str(dtype)[6:]} (PRECISION={precision!r}{reason}; seconds an epoch: "
         f"{measured}).",
         f"Epochs: {epochs} of the recipe's {recipe.epochs}, for {networks} network(s) in the "
         f"{format_duration(left)} left.",
@@ -1116,14 +1077,13 @@ def fit(
     """Train the model in place; it ends in evaluation mode, with the last complete epoch's weights.
 
     The loaders are :func:`make_loader`'s. Each epoch is validated at the size it was trained at;
-    ``image_size`` is that of the last ones, in pixels. ``dtype`` bfloat16 means autocast. ``seed``
-    is of shuffling and augmentation: the same gives another model the same batches. No epoch but
-    the first is begun that would end later than in ``seconds_left``, going by the one before it
-    and the number of pixels. ``on_epoch`` is called with each epoch's line.
+    ``image_size`` is that of the last ones, in pixels. ``dtype`` bfloat16 means autocast. The same
+    ``seed`` gives another model the same batches. After the first, no epoch is begun that would
+    end later than in ``seconds_left``. ``on_epoch`` is called with each epoch's line.
 
-    Returns a History, with ``stopped`` set if the training was interrupted or ran out of time.
-    Raises NonFiniteLoss if a training or validation loss is not finite: names epoch, step and
-    learning rate; KeyboardInterrupt if it is interrupted before the first epoch is complete.
+    Returns a History, ``stopped`` if the training was interrupted or ran out of time. Raises
+    NonFiniteLoss if a loss is not finite: names epoch, step and learning rate; KeyboardInterrupt
+    if it is interrupted before the first epoch is complete.
     """
     seed_everything(seed, [train_loader.generator])
     model.to(device, memory_format=memory_format(device))
@@ -1256,38 +1216,34 @@ def plot_images(images: np.ndarray, captions: Sequence[str], title: str) -> plt.
 
 
 def plot_history(histories: Dict[str, History], title: str) -> plt.Figure:
-    """Loss and accuracy of each epoch, for one or two named trainings, and the difference of two.
-
-    The epochs on smaller images are shaded.
-    """
-    rows = [["loss", "accuracy"], ["loss", "difference"]][: len(histories)]
+    """Loss and accuracy of one or two trainings, and the difference; small epochs are shaded."""
+    n = len(histories)
     figure, axes = plt.subplot_mosaic(
-        rows, figsize=(10, 3.4 + 0.8 * len(rows)), gridspec_kw={"height_ratios": [2, 1][:len(rows)]})
+        [["loss", "accuracy"], ["loss", "difference"]][:n], height_ratios=[2, 1][:n],
+        figsize=(10, 3.4 + 0.8 * n))
     for (name, history), colour in zip(histories.items(), (BLUE, ORANGE)):
-        epochs = [m.epoch for m in history.epochs]
         for part, style in (("train", "--"), ("val", "-o")):
             for quantity, scale in (("loss", 1), ("accuracy", 100)):
                 values = [scale * getattr(m, f"{part}_{quantity}") for m in history.epochs]
-                axes[quantity].plot(
-                    epochs, values, style, color=colour, markersize=4, label=f"{name}, {part}")
-    axes["loss"].set_ylabel("cross-entropy")
-    axes["accuracy"].set_ylabel("accuracy, %")
+                axes[quantity].plot([m.epoch for m in history.epochs], values, style,
+                                    color=colour, markersize=4, label=f"{name}, {part}")
+    labels = {"loss": "cross-entropy", "accuracy": "accuracy, %"}
     if "difference" in axes:
-        pairs = zip(*(history.epochs for history in histories.values()))
-        values = [100 * (a.val_accuracy - b.val_accuracy) for a, b in pairs]
+        one, other = ([100 * m.val_accuracy for m in h.epochs] for h in histories.values())
+        values = [a - b for a, b in zip(one, other)]
         axes["difference"].bar(range(1, len(values) + 1), values, color=GREY)
-        axes["difference"].set_ylabel("{} − {},\nval, points".format(*histories))
+        labels["difference"] = "{} − {},\nval, points".format(*histories)
     sizes = [m.image_size for m in next(iter(histories.values())).epochs]
     n_small = sum(size < sizes[-1] for size in sizes)
-    for axis in axes.values():
-        axis.set_xlabel("epoch")
+    for name, axis in axes.items():
+        axis.set(xlabel="epoch", ylabel=labels[name])
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if n_small:
-            label = f"shaded: {sizes[0]} px, then {sizes[-1]} px"
-            axis.axvspan(0.5, n_small + 0.5, color=GREY, alpha=0.15, label=label)
-    handles, labels = axes["loss"].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=5, frameon=False)
+            axis.axvspan(0.5, n_small + 0.5, color=GREY, alpha=0.15,
+                         label=f"shaded: {sizes[0]} px, then {sizes[-1]} px")
+    figure.legend(
+        *axes["loss"].get_legend_handles_labels(), loc="lower center", ncol=5, frameon=False)
     figure.suptitle(title)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure

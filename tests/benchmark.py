@@ -10,6 +10,7 @@ training and choose nothing; the ablation uses the training images alone.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import platform
@@ -62,19 +63,23 @@ def network(seed, pretrained=False, swap=True):
     return model
 
 
+def usable_precisions():
+    """bfloat16 only where its matrix products take at most twice as long as float32's."""
+    seconds = {d: helpers.product_seconds(d) for d in (torch.float32, torch.bfloat16)}
+    return [d for d in seconds if seconds[d] <= 2 * seconds[torch.float32]]
+
+
 def processor():
-    """Name and matrix-product rates in GFLOP/s: 2,048 x 2,048, the best of 10."""
-    name = platform.processor() or platform.machine()
+    """Its name, and the rates of a product of two 512x512 matrices."""
+    found = {"model name": platform.processor() or platform.machine()}
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found = {key: next((line.split(":")[1].strip() for line in lines if line.startswith(key)), "?")
-                 for key in ("model name", "cpu family", "model\t")}
-        name = "{model name} (family {cpu family}, model {model\t})".format(**found)
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(2048, 2048).to(dtype)
-        rates[dtype] = 2 * 2048**3 / min(timed(lambda: a @ a) for _ in range(10)) / 1e9
-    return f"{name}; {rates[torch.float32]:.0f} GFLOP/s in float32, {rates[torch.bfloat16]:.0f} in bfloat16"
+        lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        found.update((line[0].strip(), line[1].strip()) for line in lines if len(line) == 2)
+    numbers = ", ".join(f"{key} {found[key]}" for key in ("cpu family", "model") if key in found)
+    rates = ", ".join(
+        f"{2 * 512**3 / helpers.product_seconds(d) / 1e9:.0f} GFLOP/s in {str(d)[6:]}"
+        for d in (torch.float32, torch.bfloat16))
+    return f"{found['model name']} ({numbers}); {rates}; {torch.get_num_threads()} threads"
 
 
 def timed(work):
@@ -153,6 +158,7 @@ MORE = (32, 32, 32, 64)  # in the time of the recipe's three epochs
 VARIANTS = {
     "recipe": Variant("the recipe: Muon, half of the epochs at half size"),
     "adamw": Variant("AdamW 3e-3 instead of Muon", MORE, "adamw"),
+    "stages": Variant("AdamW for the last stage, Muon before it", MORE, "stages"),
     "fullsize": Variant("every epoch at 64 px", (64, 64)),
     "batch": Variant("batch 256, rates 1.4 times as high", MORE, "muon", 7e-3, 4e-3, 256),
     "nosmooth": Variant("no label smoothing", smoothing=0.0),
@@ -210,6 +216,15 @@ def make_variant(variant, images, seed, dtype):
     recipe = dataclasses.replace(
         helpers.RECIPES["random"], muon_lr=variant.muon_lr, adamw_lr=variant.adamw_lr)
     optimizer = helpers.make_optimizer(model, recipe, dtype)
+    if variant.optimiser == "stages":
+        small = {"lr": variant.adamw_lr, "muon": False}
+        groups = [{"params": [p for p in model.parameters() if p.ndim == 4 and len(p) < 512],
+                   "lr": variant.muon_lr, "muon": True, "muon_dtype": dtype},
+                  {"params": [p for p in model.parameters() if p.ndim > 1 and not (
+                      p.ndim == 4 and len(p) < 512)], **small},
+                  {"params": [p for p in model.parameters() if p.ndim == 1], **small,
+                   "weight_decay": 0.0}]
+        optimizer = helpers.MuonAdamW(groups, weight_decay=recipe.weight_decay)
     if variant.optimiser == "adamw":
         groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
                   {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
@@ -250,8 +265,7 @@ def step_seconds(variant, size, dtype, as_matmul=True, steps=6):
     ends = []
     small_maps = helpers.small_maps_as_matmul
     if not as_matmul:
-        helpers.small_maps_as_matmul = lambda model, device, dtype: small_maps(
-            model, device, torch.float32)
+        helpers.small_maps_as_matmul = lambda *args: contextlib.nullcontext()
     try:
         helpers.train_one_epoch(
             model, nn.CrossEntropyLoss(), optimizer,
@@ -268,28 +282,29 @@ def ablate(train, args, dtype):
     folds = list(StratifiedKFold(3, shuffle=True, random_state=1337).split(images, labels))
     folds = folds[: args.folds]
     print("A step of 128 images in ms, 32 and 64 px, and the same without the matrix products:")
-    for d in (torch.float32, torch.bfloat16):
+    for d in usable_precisions():
         times = [1000 * step_seconds(VARIANTS["recipe"], size, d, as_matmul)
                  for as_matmul in (True, False) for size in (32, 64)]
-        print(f"{helpers.describe_dtype(d)}: {times[0]:.0f}, {times[1]:.0f}; without "
+        print(f"{str(d)[6:]}: {times[0]:.0f}, {times[1]:.0f}; without "
               f"{times[2]:.0f}, {times[3]:.0f}")
-    print(f"| variant | epochs at 32, 48, 64 px | min, float32 | min, bfloat16 | accuracy, {len(folds)} "
-          "fold(s) | difference ± s.e., points |\n| --- | --- | --- | --- | --- | --- |")
+    names = " | ".join(f"min, {str(d)[6:]}" for d in usable_precisions())
+    print(f"| variant | epochs at 32, 48, 64 px | {names} | accuracy, {len(folds)} fold(s) | "
+          f"difference ± s.e., points |\n{'| --- ' * (4 + len(usable_precisions()))}|")
     right = {}
     for name in ["recipe"] + [name for name in args.only or VARIANTS if name != "recipe"]:
         variant = VARIANTS[name]
         n_steps = len(folds[0][0]) // variant.batch_size
-        minutes = [
-            sum(n_steps * variant.sizes.count(size) * step_seconds(variant, size, d)
-                for size in set(variant.sizes)) / 60 for d in (torch.float32, torch.bfloat16)]
+        minutes = " | ".join(
+            f"{sum(n_steps * step_seconds(variant, size, d) for size in variant.sizes) / 60:.1f}"
+            for d in usable_precisions())
         right[name] = np.concatenate([
             train_variant(variant, (images[a], labels[a]), (images[b], labels[b]), 1337 + i, dtype)
             for i, (a, b) in enumerate(folds)])
         paired = right[name].astype(float) - right["recipe"]
         error = paired.std(ddof=1) / math.sqrt(len(paired))
         epochs = ", ".join(str(variant.sizes.count(size)) for size in (32, 48, 64))
-        print(f"| {variant.what} | {epochs} | {minutes[0]:.1f} | {minutes[1]:.1f} | "
-              f"{right[name].mean():.1%} | {100 * paired.mean():+.2f} ± {100 * error:.2f} |", flush=True)
+        print(f"| {variant.what} | {epochs} | {minutes} | {right[name].mean():.1%} | "
+              f"{100 * paired.mean():+.2f} ± {100 * error:.2f} |", flush=True)
 
 
 # ==== Two public recipes, with the same swap: PIL transforms, DataLoader, float32 ================
@@ -436,16 +451,15 @@ def main():
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own number")
-    parser.add_argument("--precision", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="the faster one")
     args = parser.parse_args()
 
     helpers.seed_everything(1337)
-    dtype = getattr(torch, args.precision)
+    dtype = getattr(torch, args.precision) if args.precision else usable_precisions()[-1]
     recipe = helpers.RECIPES["pretrained" if args.pretrained else "random"]
     if args.epochs or args.quick:
         recipe = dataclasses.replace(recipe, epochs=args.epochs or 2)
-    print(f"{processor()}; {torch.get_num_threads()} threads\n{args.precision}, "
-          f"{helpers.environment_summary(DEVICE)}")
+    print(f"{processor()}\n{str(dtype)[6:]}, {helpers.environment_summary(DEVICE)}")
     train, test = load(args.data_dir)
     if args.quick:
         train, test = (tuple(part[::8] for part in arrays) for arrays in (train, test))

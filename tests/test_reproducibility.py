@@ -62,7 +62,7 @@ def test_the_default_parameters_pass_and_a_missing_one_is_named():
 def test_first_replaced_goes_as_far_as_the_chosen_model_has_relus(model_name, n_relu):
     values = {**DEFAULTS, "MODEL_NAME": model_name, "FIRST_REPLACED": n_relu}
     helpers.check_parameters(values)
-    with pytest.raises(ValueError, match=f"1 to {n_relu}"):
+    with pytest.raises(ValueError, match=f"from 1 to {n_relu}, the"):
         helpers.check_parameters({**values, "FIRST_REPLACED": n_relu + 1})
 
 

@@ -1,6 +1,5 @@
 """Model surgery: traversal, replacement, head, weights."""
 
-import contextlib
 import hashlib
 import io
 import os
@@ -34,8 +33,8 @@ def test_a_resnet_keeps_its_first_six_relus_and_loses_the_others(name, activatio
     assert helpers.find_modules(model, nn.ReLU) == before[:6]  # the same objects
     names, new = zip(*helpers.find_modules(model, getattr(nn, activation)))
     assert names == tuple(place for place, _ in before[6:]) and len(set(new)) == total - 6
-    kept, indices = tuple(place for place, _ in before[:6]), tuple(range(7, total + 1))
-    assert report == helpers.SurgeryReport(total, kept, indices, names, activation, 6, total - 6)
+    indices = tuple(range(7, total + 1))
+    assert report == helpers.SurgeryReport(total, indices, names, activation, 6, total - 6)
 
 
 def test_leaky_relu_has_slope_one_hundredth():
@@ -154,7 +153,7 @@ def test_a_new_head_has_the_bias_mode_dtype_and_device_of_the_old_one(
     new = helpers.replace_head(model, n_classes, seed=1)
     assert new is model.fc and new.training == training and (new.bias is not None) == bias
     assert new.weight.dtype == dtype and new.weight.device.type == device
-    assert helpers.check_forward(model, 32, n_classes) == (2, n_classes)
+    assert model(torch.zeros(2, 3, 32, 32, dtype=dtype, device=device)).shape == (2, n_classes)
 
 
 @pytest.mark.parametrize("fc, n_classes, message", [
@@ -167,15 +166,14 @@ def test_an_unfit_head_and_a_second_replacement_are_refused(tiny_net, fc, n_clas
     assert tiny_net.fc is fc
 
 
-@pytest.mark.parametrize("size, n_classes, message", [
-    (32, 2, r"\(2, 3\): it must be \(2, 2\)"), (-1, 3, "negative dimension"), (32, 3, None)])
-def test_the_forward_check_gives_each_module_its_own_mode_back_and_changes_no_statistics(
-        tiny_net, size, n_classes, message):
+def test_evaluation_mode_gives_each_module_its_own_mode_back_whatever_happens(tiny_net):
     tiny_net.features[1].eval()
-    before, errors = places_and_modes(tiny_net), (ValueError, RuntimeError)
-    with pytest.raises(errors, match=message) if message else contextlib.nullcontext():
-        helpers.check_forward(tiny_net, size, n_classes)
-    assert places_and_modes(tiny_net) == before and not tiny_net.features[4].running_mean.any()
+    before = places_and_modes(tiny_net)
+    with pytest.raises(KeyboardInterrupt):
+        with helpers.evaluation_mode(tiny_net):
+            assert not any(module.training for module in tiny_net.modules())
+            raise KeyboardInterrupt
+    assert places_and_modes(tiny_net) == before
 
 
 def saved(state_dict):

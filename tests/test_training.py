@@ -74,9 +74,13 @@ def test_the_product_is_the_same_convolution(kernel, stride, padding, bias, monk
         assert bool(products) == (len(shape) == 4 and y[0, 0].numel() <= 9)
 
 
-@pytest.mark.parametrize("kind, dtype, active", [
-    ("cpu", BFLOAT16, True), ("cpu", FLOAT32, False), ("cuda", BFLOAT16, False)])
-def test_only_plain_convolutions_are_matrix_products_and_only_within(kind, dtype, active):
+@pytest.mark.parametrize("kind, dtype, capability, active", [
+    ("cpu", BFLOAT16, "AVX512", True), ("cpu", FLOAT32, "AVX512", False),
+    ("cpu", FLOAT32, "AVX2", True), ("cpu", FLOAT32, "DEFAULT", False),
+    ("cuda", BFLOAT16, "AVX2", False)])
+def test_only_plain_convolutions_are_matrix_products_and_only_within(
+        kind, dtype, capability, active, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     options = [{"groups": 2}, {"dilation": 2}, {"padding": "same"}, {"padding_mode": "reflect"}]
     others = [nn.Conv2d(4, 4, 3, **option) for option in options]
     model = nn.ModuleList([nn.Conv2d(4, 4, 3), nn.LazyConv2d(4, 3), *others])
@@ -214,7 +218,7 @@ def test_prediction_averages_mirror_images_and_gives_each_module_its_mode_back(t
 
 
 @pytest.mark.parametrize("seconds, n_steps, batch_size, val_batches", [
-    ([1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1, 0.1], 8, 8, 18 / 8), ([9, 2, 2, 2, 2], 4, 24, 1)])
+    ([1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1, 0.1], 8, 8, 18 / 8), ([9, 2, 2, 2, 2], 3, 24, 1)])
 def test_measuring_expects_all_steps_and_the_validation_and_changes_nothing(
         tiny_net, labelled_images, clock, seconds, n_steps, batch_size, val_batches):
     def everything():
@@ -255,12 +259,14 @@ def test_the_time_is_for_the_pair_or_one(monkeypatch, clock, epochs, left, contr
     assert ("No control" in "".join(plan.notes)) == (control and not pair)
 
 
-@pytest.mark.parametrize("precision, supported, large, measured, expected", [
-    ("auto", True, 4.5, [FLOAT32, BFLOAT16], BFLOAT16), ("float32", True, 1, [FLOAT32], FLOAT32),
-    ("auto", True, 4.6, [FLOAT32, BFLOAT16], FLOAT32), ("bfloat16", True, 9, [BFLOAT16], BFLOAT16),
-    ("auto", False, 1, [FLOAT32], FLOAT32), ("bfloat16", False, 1, [FLOAT32], FLOAT32)])
+@pytest.mark.parametrize("precision, supported, slower, large, measured, expected", [
+    ("auto", True, 2, 4.5, [FLOAT32, BFLOAT16], BFLOAT16),
+    ("auto", True, 2, 4.6, [FLOAT32, BFLOAT16], FLOAT32),
+    ("auto", True, 99, 1, [FLOAT32], FLOAT32), ("float32", True, 1, 1, [FLOAT32], FLOAT32),
+    ("bfloat16", True, 99, 9, [BFLOAT16], BFLOAT16), ("auto", False, 1, 1, [FLOAT32], FLOAT32),
+    ("bfloat16", False, 1, 1, [FLOAT32], FLOAT32)])
 def test_auto_takes_bfloat16_where_it_trains_1_2_times_as_fast_and_the_rest_is_as_asked(
-        monkeypatch, clock, precision, supported, large, measured, expected):
+        monkeypatch, clock, precision, supported, slower, large, measured, expected):
     seconds = {(FLOAT32, 32): 1, (FLOAT32, 64): 5, (BFLOAT16, 32): 0.5, (BFLOAT16, 64): large}
 
     def measure(model, recipe, train_loader, val_loader, size, device, dtype):
@@ -269,6 +275,8 @@ def test_auto_takes_bfloat16_where_it_trains_1_2_times_as_fast_and_the_rest_is_a
         return seconds[dtype, size]
 
     monkeypatch.setattr(helpers, "has_bfloat16", lambda device: supported)
+    monkeypatch.setattr(
+        helpers, "product_seconds", lambda dtype: slower if dtype == BFLOAT16 else 1)
     calls, duration = [], seconds[expected, 32] + 2 * seconds[expected, 64]  # of 3 epochs
     monkeypatch.setattr(helpers, "measure_epoch", measure)
     left, recipe = 200 * len(measured) + duration / 0.85 + 0.01, replace(RECIPE, small_share=0.5)
@@ -278,6 +286,13 @@ def test_auto_takes_bfloat16_where_it_trains_1_2_times_as_fast_and_the_rest_is_a
     assert (plan.recipe.epochs, plan.estimate) == (3, duration)
     assert all(words in plan.notes[0] for words in (f": {str(expected)[6:]} ", repr(precision)))
     assert ("no bfloat16" in plan.notes[0]) == (not supported)
+    assert ("are 99 times slower" in plan.notes[0]) == ((precision, slower) == ("auto", 99))
+
+
+def test_a_products_time_is_the_best_of_three(monkeypatch):
+    times = iter([0.0, 5.0, 6.0, 8.0])
+    monkeypatch.setattr(helpers.time, "perf_counter", lambda: next(times))
+    assert helpers.product_seconds(FLOAT32) == 1.0
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
@@ -291,6 +306,7 @@ def test_a_training_follows_its_recipe_in_its_precision(tiny_net, loaders, monke
 
     recipe = replace(RECIPE, epochs=1, warmup_share=0.7, weight_decay=0.3, label_smoothing=0.2)
     rates, seen, passed, train = [], set(), [], helpers.train_one_epoch
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(helpers, "train_one_epoch", lambda *a: passed.extend(a) or train(*a))
     tiny_net.register_forward_hook(hook)
     fit(tiny_net, loaders, recipe, dtype=dtype)
