@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+import timeit
 import urllib.request
 import warnings
 from dataclasses import dataclass, replace
@@ -135,9 +136,8 @@ def environment_summary(device: torch.device) -> str:
 
 def determinism_summary(seed: int) -> str:
     """One line: the seed and the cuDNN flags as they stand now."""
-    cudnn = torch.backends.cudnn
-    return (f"Seed: {seed} | cudnn.deterministic={cudnn.deterministic} | "
-            f"cudnn.benchmark={cudnn.benchmark}")
+    flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    return "Seed: {} | cudnn.deterministic={} | cudnn.benchmark={}".format(seed, *flags)
 
 
 def format_duration(seconds: float) -> str:
@@ -537,12 +537,12 @@ def load_image_folders(data_dir: Path) -> Cifar10:
         arrays += [np.stack([read(path) for path, _ in samples]), np.array([i for _, i in samples])]
         progress.update(f"Read {IMAGE_FOLDERS}/{split}: {len(samples):,} images", final=True)
     n_images = len(arrays[0]) + len(arrays[2])
-    incomplete = "" if n_images == 60_000 else ", INCOMPLETE: CIFAR-10 has 60,000"
-    lossy = "JPEG is lossy: expect slightly lower accuracies than on the official pixels."
-    return Cifar10(
-        *arrays, note="" if suffixes == {".png"} else lossy,
-        source=f"image folders '{IMAGE_FOLDERS}' ({n_images:,} files{incomplete}), "
-        "not verified against the official MD5")
+    notes = ["JPEG is lossy: expect slightly lower accuracies than on the official pixels."]
+    notes = [] if suffixes == {".png"} else notes
+    if n_images != 60_000:
+        notes.append(f"INCOMPLETE: {n_images:,} of CIFAR-10's 60,000 images.")
+    source = f"image folders '{IMAGE_FOLDERS}', not verified against the official MD5"
+    return Cifar10(*arrays, source, "\n".join(notes))
 
 
 def make_stand_in(seed: int) -> Cifar10:
@@ -591,8 +591,7 @@ def filter_and_relabel(
     if empty:
         raise ValueError(f"no image has the original class id {empty}: choose other classes.")
     keep = np.isin(labels, list(id_mapping))
-    new_labels = np.array([id_mapping[int(label)] for label in labels[keep]], dtype=np.int64)
-    return images[keep], new_labels
+    return images[keep], np.array([id_mapping[int(i)] for i in labels[keep]], dtype=np.int64)
 
 
 def stratified_split(
@@ -696,6 +695,7 @@ class Recipe:
 
     ``muon_lr`` and ``adamw_lr`` are peaks of the learning rates (see :func:`one_cycle`). The first
     ``small_share`` of the epochs sees images of half the size, enough for the coarse features.
+    Muon's matrix products on a ResNet's last stage cost more than they bring: see ``muon_side``.
     """
 
     name: str
@@ -703,6 +703,7 @@ class Recipe:
     muon_lr: float
     adamw_lr: float
     small_share: float = 0.5
+    muon_side: int = 256
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     warmup_share: float = 0.15
@@ -791,17 +792,14 @@ def to_device(images, targets, device) -> Tuple[torch.Tensor, torch.Tensor]:
 
 def autocast(device: torch.device, dtype: torch.dtype):
     """Automatic mixed precision for bfloat16, and nothing for float32."""
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(
-        device.type, dtype)
+    as_is = dtype == torch.float32
+    return contextlib.nullcontext() if as_is else torch.autocast(device.type, dtype)
 
 
 def product_seconds(dtype: torch.dtype) -> float:
     """Seconds that a product of two 512x512 matrices takes on the CPU, the best of 3."""
-    matrix, ends = torch.ones(512, 512, dtype=dtype), [time.perf_counter()]
-    for _ in range(3):
-        matrix @ matrix
-        ends.append(time.perf_counter())
-    return float(np.diff(ends).min())
+    matrix = torch.ones(512, 512, dtype=dtype)
+    return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
 
 
 class _SmallMapConv2d(nn.Conv2d):
@@ -893,14 +891,17 @@ def orthogonalise(matrix: torch.Tensor, dtype: torch.dtype, steps: int = 3) -> t
 def make_optimizer(model: nn.Module, recipe: Recipe, dtype=torch.float32) -> MuonAdamW:
     """Muon for convolution weights, with its matrix products in ``dtype``, AdamW for the rest.
 
+    A weight whose matrix has more than ``recipe.muon_side`` rows and columns is left to AdamW.
     Weight decay acts on convolution and linear weights, not on biases and normalisation.
     """
-    settings = {4: {"lr": recipe.muon_lr, "muon": True, "muon_dtype": dtype},
-                2: {"lr": recipe.adamw_lr, "muon": False},
-                1: {"lr": recipe.adamw_lr, "muon": False, "weight_decay": 0.0}}
+    muon, weights, vectors = [], [], []
+    for p in (p for p in model.parameters() if p.requires_grad):
+        by_muon = p.ndim == 4 and min(len(p), p[0].numel()) <= recipe.muon_side
+        (muon if by_muon else weights if p.ndim > 1 else vectors).append(p)
+    adamw = {"lr": recipe.adamw_lr, "muon": False}
     groups = [
-        {"params": [p for p in model.parameters() if p.requires_grad and p.ndim == n], **setting}
-        for n, setting in settings.items()]
+        {"params": muon, "lr": recipe.muon_lr, "muon": True, "muon_dtype": dtype},
+        {"params": weights, **adamw}, {"params": vectors, **adamw, "weight_decay": 0.0}]
     return MuonAdamW([g for g in groups if g["params"]], weight_decay=recipe.weight_decay)
 
 
@@ -1006,10 +1007,9 @@ def measure_epoch(
         train_one_epoch(
             copied, nn.CrossEntropyLoss(), optimizer, scheduler, batches(train_loader, steps),
             device, dtype, lambda step, n: ends.append(time.perf_counter()))
-        for _ in range(2):
-            start = time.perf_counter()
-            predict(copied, batches(val_loader, 1), device, dtype)
-            val_seconds = time.perf_counter() - start
+        val_seconds = min(timeit.repeat(
+            lambda: predict(copied, batches(val_loader, 1), device, dtype),
+            timer=time.perf_counter, number=1, repeat=2))
     val_batches = max(1.0, len(val_loader.dataset) / batch_size)
     return len(train_loader) * float(np.median(np.diff(ends))) + val_batches * val_seconds
 
@@ -1030,11 +1030,11 @@ def plan_training(
     dtypes = [torch.float32, torch.bfloat16] if precision == "auto" else [getattr(torch, precision)]
     reason = ""
     if not has_bfloat16(device):
-        dtypes, reason = [torch.float32], f"; no bfloat16 on this {device.type} device"
+        dtypes, reason = [torch.float32], f";\nno bfloat16 on this {device.type} device"
     elif precision == "auto" and device.type == "cpu":
         times_slower = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
         if times_slower > 2:
-            dtypes, reason = dtypes[:1], f"; bfloat16 products are {times_slower:.0f} times slower"
+            dtypes, reason = dtypes[:1], f";\nbfloat16 products are {times_slower:.0f} times slower"
     seconds = {
         (d, size): measure_epoch(model, recipe, train_loader, val_loader, size, device, d)
         for d in dtypes for size in sorted(set(recipe.image_sizes(image_size)))}
@@ -1058,8 +1058,8 @@ def plan_training(
     epochs = max(1, fitting(networks))
     expected = estimate(epochs, dtype)
     notes = [
-        f"Precision: {str(dtype)[6:]} (PRECISION={precision!r}{reason}; seconds an epoch: "
-        f"{measured}).",
+        f"Precision: {str(dtype)[6:]} (PRECISION={precision!r}; seconds an epoch: "
+        f"{measured}{reason}).",
         f"Epochs: {epochs} of the recipe's {recipe.epochs}, for {networks} network(s) in the "
         f"{format_duration(left)} left.",
         f"Estimated training time: {format_duration(expected)} each."]
@@ -1242,8 +1242,8 @@ def plot_history(histories: Dict[str, History], title: str) -> plt.Figure:
         if n_small:
             axis.axvspan(0.5, n_small + 0.5, color=GREY, alpha=0.15,
                          label=f"shaded: {sizes[0]} px, then {sizes[-1]} px")
-    figure.legend(
-        *axes["loss"].get_legend_handles_labels(), loc="lower center", ncol=5, frameon=False)
+    labelled = axes["loss"].get_legend_handles_labels()
+    figure.legend(*labelled, loc="lower center", ncol=5, frameon=False)
     figure.suptitle(title)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure

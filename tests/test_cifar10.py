@@ -124,7 +124,7 @@ def test_image_folders_are_read_class_by_class_in_the_order_of_their_names(tmp_p
         difference = np.abs(getattr(data, f"{split}_images") - expected.astype(float)).mean()
         assert difference == 0 if suffix == ".png" else difference < 5
         assert getattr(data, f"{split}_labels").tolist() == np.repeat(range(10), n).tolist()
-    assert "50 files, INCOMPLETE" in data.source and "not verified" in data.source
+    assert "INCOMPLETE: 50 of" in data.note and "not verified" in data.source
     assert not data.is_stand_in and len(data.skipped) == 1 and "no official" in data.skipped[0]
     assert ("lossy" in data.note) == (suffix != ".png")
 
@@ -135,7 +135,7 @@ def test_sixty_thousand_images_are_complete_and_one_jpeg_makes_them_lossy(tmp_pa
     monkeypatch.setattr(datasets.folder, "make_dataset", lambda *args, **kwargs: samples)
     monkeypatch.setattr(datasets.folder, "default_loader", lambda p: np.zeros((32, 32, 3), "u1"))
     data = load(tmp_path)
-    assert "60,000 files)" in data.source and "lossy" in data.note
+    assert "INCOMPLETE" not in data.note and "lossy" in data.note
 
 
 def test_other_and_hidden_files_and_folders_are_left_alone(tmp_path):

@@ -140,7 +140,7 @@ def test_a_headless_run_prints_every_required_line_and_shows_every_picture(execu
     text = printed(executed[0])
     assert "Train counts: {0: 27, 1: 27, 2: 27} | Val counts: {0: 3, 1: 3, 2: 3}" in text
     assert "Train batch: images (16, 3, 32, 32), labels (16,)" in text
-    assert "400 files, INCOMPLETE: CIFAR-10 has 60,000), not verified" in text
+    assert "INCOMPLETE: 400 of CIFAR-10's 60,000 images." in text and "not verified" in text
     assert "STAND-IN" not in text and "PARTIAL" not in text
 
 

@@ -112,6 +112,10 @@ def test_three_steps_bring_larger_singular_values_near_one_and_smaller_ones_up(s
 
 def test_muon_takes_convolutions_and_decay_spares_biases_and_normalisation(tiny_net):
     tiny_net.features[0].bias.requires_grad_(False)
+    sides = {7: 0, 8: 1, 15: 1, 16: 2}  # the matrices are 8 x 27 and 16 x 72
+    for side, n in sides.items():
+        groups = helpers.make_optimizer(tiny_net, replace(RECIPE, muon_side=side)).param_groups
+        assert [len(g["params"]) for g in groups] == ([n] if n else []) + [3 - n, 6]
     groups = helpers.make_optimizer(tiny_net, RECIPE).param_groups
     values = [[g[name] for name in ("muon", "lr", "weight_decay")] for g in groups]
     assert values == [[True, 0.02, 0.05], [False, 0.01, 0.05], [False, 0.01, 0.0]]
@@ -290,9 +294,9 @@ def test_auto_takes_bfloat16_where_it_trains_1_2_times_as_fast_and_the_rest_is_a
 
 
 def test_a_products_time_is_the_best_of_three(monkeypatch):
-    times = iter([0.0, 5.0, 6.0, 8.0])
-    monkeypatch.setattr(helpers.time, "perf_counter", lambda: next(times))
-    assert helpers.product_seconds(FLOAT32) == 1.0
+    monkeypatch.setattr(helpers.timeit, "repeat", lambda work, number, repeat: (
+        [(work().shape, work().dtype, 5 - i) for i in range(repeat)]))
+    assert helpers.product_seconds(BFLOAT16) == ((512, 512), BFLOAT16, 3)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
