@@ -1,7 +1,7 @@
 """Measure the recipe, on the CIFAR-10 in ``data/``. Run by hand; pytest leaves it alone.
 
     python tests/benchmark.py                # this recipe and two public ones, same wall time
-    python tests/benchmark.py --speed        # the training loop against the bare loop
+    python tests/benchmark.py --speed        # the training loop against the bare loop; a step's parts
     python tests/benchmark.py --ablation     # what each part of the recipe brings, cross-validated
     python tests/benchmark.py --seeds 3      # the swapped network and its control, for 3 seeds
 
@@ -269,12 +269,6 @@ def ablate(train, args, dtype):
     images, labels = train
     folds = list(StratifiedKFold(3, shuffle=True, random_state=1337).split(images, labels))
     folds = folds[: args.folds]
-    print("A step of 128 images in ms, 32 and 64 px, and the same without the matrix products:")
-    for d in usable_precisions():
-        times = [1000 * step_seconds(VARIANTS["recipe"], size, d, as_matmul)
-                 for as_matmul in (True, False) for size in (32, 64)]
-        print(f"{str(d)[6:]}: {times[0]:.0f}, {times[1]:.0f}; without "
-              f"{times[2]:.0f}, {times[3]:.0f}")
     names = " | ".join(f"min, {str(d)[6:]}" for d in usable_precisions())
     print(f"| variant | epochs at 32, 48, 64 px | {names} | accuracy, {len(folds)} fold(s) | "
           f"difference ± s.e., points |\n{'| --- ' * (4 + len(usable_precisions()))}|")
@@ -293,6 +287,19 @@ def ablate(train, args, dtype):
         epochs = ", ".join(str(variant.sizes.count(size)) for size in (32, 48, 64))
         print(f"| {variant.what} | {epochs} | {minutes} | {right[name].mean():.1%} | "
               f"{100 * paired.mean():+.2f} ± {100 * error:.2f} |", flush=True)
+
+
+def compare_steps(rounds):
+    """Print what a step of 128 images takes, in turns, with and without parts of the recipe."""
+    print("\nMilliseconds a step, batch 128:\n\n| precision | image side | the recipe | convolutions as "
+          "they are | Muon for the last stage, too | AdamW alone |\n" + "| --- " * 6 + "|")
+    ways = ("recipe", True), ("recipe", False), ("muon", True), ("adamw", True)
+    for d in usable_precisions():
+        for size in (32, 64):
+            times = np.median([[step_seconds(VARIANTS[name], size, d, as_matmul) for name, as_matmul
+                                in ways] for _ in range(rounds)], axis=0)
+            print(f"| {str(d)[6:]} | {size} px | " + " | ".join(f"{1000 * t:.0f}" for t in times) + " |",
+                  flush=True)
 
 
 # ==== Two public recipes, with the same swap: PIL transforms, DataLoader, float32 ================
@@ -462,6 +469,7 @@ def main():
         rate, ratio, loading = measure_speed(
             train, recipe, size, args.batch_size, dtype, *((4, 3) if args.quick else (10, 5)))
         print(f"| {size} px | {rate:.0f} | {ratio:.1%} | {loading:.1%} |", flush=True)
+    compare_steps(1 if args.quick else 3)
 
 
 if __name__ == "__main__":
