@@ -129,6 +129,13 @@ def test_image_folders_are_read_class_by_class_in_the_order_of_their_names(tmp_p
     assert ("lossy" in data.note) == (suffix != ".png")
 
 
+def test_a_data_folder_can_be_given_from_the_users_home(archive, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    shutil.copytree(archive.parent / BATCHES, tmp_path / "cifar" / BATCHES)
+    assert load("~/cifar").source.startswith("official")
+
+
 def test_sixty_thousand_images_are_complete_and_one_jpeg_makes_them_lossy(tmp_path, monkeypatch):
     (tmp_path / helpers.IMAGE_FOLDERS).mkdir()
     samples = [(str(tmp_path / "a.png"), 0)] * 29_999 + [(str(tmp_path / "a.jpg"), 0)]
