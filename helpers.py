@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 import timeit
+import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from dataclasses import dataclass, replace
@@ -149,9 +151,7 @@ def format_duration(seconds: float) -> str:
 class LiveLine:
     """A line of progress that a notebook overwrites and saves as it was last; silent in scripts."""
 
-    def __init__(self, seconds_between_updates: float = 1.0):
-        self.handle, self.last_update = None, -math.inf
-        self.seconds_between_updates = seconds_between_updates
+    handle, last_update, seconds_between_updates = None, -math.inf, 1.0
 
     def update(self, text: str, final: bool = False) -> None:
         """Show the text; skipped if the last one is too fresh, unless this one is final."""
@@ -909,7 +909,8 @@ def one_cycle(step: int, total_steps: int, warmup_share: float) -> float:
     """The learning rate of a step (from 0), as a share of its peak.
 
     Along cosines from a tenth up to 1 in the warm-up, then down to 0 at the last step (Smith and
-    Topin 2018, https://arxiv.org/abs/1708.07120). torch's OneCycleLR fails on very few steps.
+    Topin 2018, https://arxiv.org/abs/1708.07120); a single step is at the peak. torch's OneCycleLR
+    fails on very few steps.
     """
     peak = max(0.0, warmup_share * total_steps - 1)
     if step < peak:
@@ -1026,9 +1027,8 @@ def plan_training(
     trainings share the rest, and epochs are cut, down to 1, until they fit. ``run_control`` plans
     for two networks, or for one if they would get fewer than ``MIN_EPOCHS`` epochs each.
     """
-    start = time.perf_counter()
+    start, reason = time.perf_counter(), ""
     dtypes = [torch.float32, torch.bfloat16] if precision == "auto" else [getattr(torch, precision)]
-    reason = ""
     if not has_bfloat16(device):
         dtypes, reason = [torch.float32], f";\nno bfloat16 on this {device.type} device"
     elif precision == "auto" and device.type == "cpu":
@@ -1043,9 +1043,9 @@ def plan_training(
         sizes = replace(recipe, epochs=epochs).image_sizes(image_size)
         return sum(seconds[dtype, size] for size in sizes)
 
-    an_epoch = {d: estimate(recipe.epochs, d) / recipe.epochs for d in dtypes}
-    dtype = dtypes[-1] if an_epoch[dtypes[0]] >= 1.2 * an_epoch[dtypes[-1]] else dtypes[0]
-    measured = ", ".join(f"{str(d)[6:]} {s:.1f}" for d, s in an_epoch.items())
+    per_epoch = {d: estimate(recipe.epochs, d) / recipe.epochs for d in dtypes}
+    dtype = dtypes[-1] if per_epoch[dtypes[0]] >= 1.2 * per_epoch[dtypes[-1]] else dtypes[0]
+    measured = ", ".join(f"{str(d)[6:]} {s:.1f}" for d, s in per_epoch.items())
     measuring = time.perf_counter() - start
     left = 0.9 * (seconds_left - measuring)
 
@@ -1091,7 +1091,7 @@ def fit(
     optimizer, n_steps = make_optimizer(model, recipe, dtype), len(train_loader)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: one_cycle(step, recipe.epochs * n_steps, recipe.warmup_share))
-    datasets_ = train_loader.dataset, val_loader.dataset
+    both = train_loader.dataset, val_loader.dataset
     progress, metrics, last_state, stopped = LiveLine(), [], None, None
     start = epoch_start = time.perf_counter()
     try:
@@ -1103,7 +1103,7 @@ def fit(
                     stopped = f"out of time after epoch {epoch - 1} of {recipe.epochs}"
                     break
             epoch_start = now
-            for dataset in datasets_:
+            for dataset in both:
                 dataset.set_image_size(size)
 
             def show(step, seen):
@@ -1128,7 +1128,7 @@ def fit(
             raise KeyboardInterrupt("interrupted in the first epoch: run the cell again") from None
         stopped = f"interrupted in epoch {epoch} of {recipe.epochs}"
     finally:
-        for dataset in datasets_:
+        for dataset in both:
             dataset.set_image_size(image_size)
         if last_state is not None:
             model.load_state_dict(last_state)

@@ -3,20 +3,25 @@
     python tests/benchmark.py                # this recipe and two public ones, same wall time
     python tests/benchmark.py --speed        # the training loop against the bare loop; a step's parts
     python tests/benchmark.py --ablation     # what each part of the recipe brings, cross-validated
-    python tests/benchmark.py --seeds 3      # the swapped network and its control, for 3 seeds
+    python tests/benchmark.py --ablation --pretrained    # optimisers and rates from trained weights
+    python tests/benchmark.py --study tests/study.csv --seeds 1337 1338    # ReLU and three others
 
 ``--quick`` makes any of them short, on fewer images. Test images are read once per finished
-training and choose nothing; the ablation uses the training images alone.
+training and choose nothing; the ablation uses the training images alone. The study appends each
+finished training to its file and goes on where it stopped: on several machines, give each its own
+seeds and put the rows together.
 """
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import math
 import platform
 import resource
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from scipy import stats
 from sklearn.model_selection import StratifiedKFold
@@ -50,14 +56,15 @@ def split(train, seed):
     return [(images[ids], labels[ids]) for ids in helpers.stratified_split(labels, 0.1, seed)]
 
 
-def network(seed, pretrained=False, swap=True):
+def network(seed, pretrained=False, activation="SiLU", first=7):
+    """ResNet-18 with its new head; ``activation`` "ReLU" leaves every nn.ReLU in place."""
     model = helpers.build_model("resnet18", seed)
     if pretrained:
         problem = helpers.load_imagenet_weights(model, "resnet18")
         if problem:
             raise SystemExit(f"--pretrained: {problem}")
-    if swap:
-        helpers.replace_relu(model, nn.SiLU, 7)
+    if activation != "ReLU":
+        helpers.replace_relu(model, helpers.ACTIVATIONS[activation], first)
     helpers.replace_head(model, len(CLASS_NAMES), seed)
     return model
 
@@ -96,38 +103,82 @@ def accuracies(model, loader, dtype):
     return right
 
 
-def train_ours(train, test, seed, recipe, args, dtype, swap=True):
+def train_ours(train, test, seed, recipe, args, dtype, activation="SiLU"):
     """One training as in the notebook: (history, which test images are right: plain, mirrored)."""
     fitting, validating = split(train, seed)
     train_loader = helpers.make_loader(*fitting, True, args.image_size, args.batch_size, seed)
     val_loader, test_loader = (
         helpers.make_loader(*part, False, args.image_size, args.batch_size, seed)
         for part in (validating, test))
-    model = network(seed, args.pretrained, swap)
+    model = network(seed, args.pretrained, activation, args.first)
     history = helpers.fit(
         model, recipe, train_loader, val_loader, args.image_size, DEVICE, dtype, seed,
         on_epoch=lambda line: print("   ", line, file=sys.stderr))
     return history, *accuracies(model, test_loader, dtype)
 
 
-def compare_seeds(train, test, recipe, args, dtype):
-    """The swapped network and its control from the same weights, seed by seed."""
-    print("| seed | SiLU test | ReLU test | difference, points | training |\n"
-          "| --- | --- | --- | --- | --- |")
-    rows = []
-    for seed in range(1337, 1337 + args.seeds):
-        (h, _, a), (_, _, b) = (
-            train_ours(train, test, seed, recipe, args, dtype, swap) for swap in (True, False))
-        rows.append((a.mean(), b.mean(), a.mean() - b.mean()))
-        print(f"| {seed} | {a.mean():.1%} | {b.mean():.1%} | {100 * rows[-1][2]:+.1f} | "
-              f"{h.seconds / 60:.1f} min |", flush=True)
-    if args.seeds > 1:
-        means, deviations = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1)
-        print(f"| mean ± s.d. | {means[0]:.1%} ± {100 * deviations[0]:.1f} | {means[1]:.1%} ± "
-              f"{100 * deviations[1]:.1f} | {100 * means[2]:+.1f} ± {100 * deviations[2]:.1f} | |")
-        half = stats.t.ppf(0.975, args.seeds - 1) * deviations[2] / math.sqrt(args.seeds)
-        print(f"Difference over {args.seeds} seeds: {100 * means[2]:+.1f} points (95% t interval "
-              f"{100 * (means[2] - half):+.1f} to {100 * (means[2] + half):+.1f})")
+# ==== Study: the answer over seeds ===============================================================
+
+
+def study(train, test, recipe, args, dtype):
+    """Train what the file lacks, append each finished training, print the file's table."""
+    path, common = Path(args.study), {
+        "weights": "pretrained" if args.pretrained else "random",
+        "recipe": f"{recipe}, {args.image_size} px, batch {args.batch_size}",
+        "test_images": str(len(test[1]))}
+    rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    done = {(row["weights"], row["activation"], row["first"], row["seed"]) for row in rows}
+    for row in rows:
+        for name in ("recipe", "test_images"):
+            if row["weights"] == common["weights"] and row[name] != common[name]:
+                raise SystemExit(f"{path} has {name} {row[name]}, not {common[name]}: "
+                                 "give another file.")
+    for seed in args.seeds:
+        for activation in args.activations:
+            first = "" if activation == "ReLU" else str(args.first)
+            if (common["weights"], activation, first, str(seed)) in done:
+                continue
+            history, plain, mirrored = train_ours(
+                train, test, seed, recipe, args, dtype, activation)
+            rows.append({
+                **common, "activation": activation, "first": first, "seed": str(seed),
+                "val_accuracy": f"{history.epochs[-1].val_accuracy:.6f}",
+                "right": str(mirrored.sum()), "right_plain": str(plain.sum()),
+                "seconds": f"{history.seconds:.0f}", "precision": str(dtype)[6:],
+                "torch": torch.__version__, "torchvision": torchvision.__version__,
+                "processor": processor()})
+            with path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, rows[-1])
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(rows[-1])
+    print("\n".join(study_table(rows)))
+
+
+def study_table(rows):
+    """Lines of a Markdown table: the test accuracy of each arm, and its difference to ReLU's.
+
+    Differences are between trainings from the same initial weights on the same batches. Their
+    interval is Student's over seeds: it covers the chance of training, not that of the images.
+    """
+    arms = defaultdict(dict)  # (weights, activation, first) -> seed -> accuracy
+    for row in rows:
+        key = row["weights"], row["activation"], row["first"]
+        arms[key][row["seed"]] = int(row["right"]) / int(row["test_images"])
+    lines = ["| weights | activation | from the nth ReLU | seeds | test accuracy | "
+             "difference to ReLU, points (95% t interval) |", "| --- " * 6 + "|"]
+    for (weights, activation, first), accuracy in arms.items():
+        control = arms.get((weights, "ReLU", ""), {})
+        paired = [100 * (accuracy[seed] - control[seed]) for seed in accuracy if seed in control]
+        text = ""
+        if activation != "ReLU" and paired:
+            text = f"{np.mean(paired):+.2f}"
+            if len(paired) > 1:
+                half = stats.t.ppf(0.975, len(paired) - 1) * stats.sem(paired)
+                text += f" ({np.mean(paired) - half:+.2f} to {np.mean(paired) + half:+.2f})"
+        lines.append(f"| {weights} | {activation} | {first} | {len(accuracy)} | "
+                     f"{np.mean(list(accuracy.values())):.2%} | {text} |")
+    return lines
 
 
 # ==== Ablation ===================================================================================
@@ -138,6 +189,9 @@ class Variant:
     """A way to train: the recipe, with one part changed. ``sizes`` has the pixels of each epoch.
 
     Where a step costs more or less than the recipe's, the number of epochs makes up for it.
+    ``sgd_lr`` above 0: SGD with Nesterov momentum instead of Muon and AdamW. ``body_lr`` is the
+    learning rate of all but the head, as a share. ``head_first``: in the first epoch only the head
+    and the blocks with a replaced activation are trained.
     """
 
     what: str
@@ -147,26 +201,47 @@ class Variant:
     batch_size: int = 128
     muon_side: int = helpers.RECIPES["random"].muon_side
     smoothing: float = helpers.RECIPES["random"].label_smoothing
+    sgd_lr: float = 0.0
+    body_lr: float = 1.0
+    head_first: bool = False
     zero_init: bool = False
     whitened: bool = False
     average: bool = False
     alternate: bool = False
 
 
-FEWER = (32, 32, 64)  # in the time of the recipe's four epochs
 VARIANTS = {
     "recipe": Variant("the recipe"),
-    "muon": Variant("Muon for the last stage, too", FEWER, muon_side=10**9),
-    "fullsize": Variant("the same, every epoch at 64 px", (64, 64), muon_side=10**9),
-    "batch": Variant("the same, batch 256, rates 1.4 times as high", (32, 32, 32, 64), 7e-3, 4e-3,
-                     256, muon_side=10**9),
+    "muon": Variant("Muon for the last stage, too", muon_side=10**9),
     "adamw": Variant("AdamW alone, 3e-3", muon_side=0),
+    "fullsize": Variant("every epoch at 64 px", (64, 64, 64)),
     "nosmooth": Variant("no label smoothing", smoothing=0.0),
+    "batch": Variant("batch 256, rates 1.4 times as high", (32, 32, 32, 32, 64), 7e-3, 4e-3, 256),
+    "middle": Variant("32, 48 and 64 px", (32, 32, 48, 64)),
     "white": Variant("first convolution starts at whitening filters", whitened=True),
     "zero": Variant("residual branches that start at zero", zero_init=True),
-    "middle": Variant("32, 48 and 64 px", (32, 48, 64)),
     "average": Variant("moving average of the weights, 0.98 a step", average=True),
     "alternate": Variant("alternating instead of random flips", alternate=True),
+}
+
+
+MIXED = (32, 32, 64, 64, 64, 64)
+PRETRAINED_VARIANTS = {
+    "recipe": Variant("Muon 4e-3, AdamW 1e-3 for the rest", MIXED, 4e-3, 1e-3),
+    "muon-1": Variant("Muon 1e-3, AdamW 1e-3", MIXED, 1e-3, 1e-3),
+    "muon-2": Variant("Muon 2e-3, AdamW 1e-3", MIXED, 2e-3, 1e-3),
+    "adamw-0.3": Variant("AdamW 3e-4", MIXED, adamw_lr=3e-4, muon_side=0),
+    "adamw-1": Variant("AdamW 1e-3", MIXED, adamw_lr=1e-3, muon_side=0),
+    "adamw-3": Variant("AdamW 3e-3", MIXED, adamw_lr=3e-3, muon_side=0),
+    "sgd-0.02": Variant("SGD 0.02", MIXED, sgd_lr=0.02),
+    "sgd-0.06": Variant("SGD 0.06", MIXED, sgd_lr=0.06),
+    "sgd-0.2": Variant("SGD 0.2", MIXED, sgd_lr=0.2),
+    "fullsize": Variant("the recipe, every epoch at 64 px", (64,) * 5, 4e-3, 1e-3),
+    "large": Variant("the recipe, at 48 and 96 px", (48, 96, 96), 4e-3, 1e-3),
+    "body": Variant("the recipe, 0.3 times the rates below the head", MIXED, 4e-3, 1e-3,
+                    body_lr=0.3),
+    "head": Variant("the recipe, head and swapped blocks alone in the first epoch", MIXED, 4e-3,
+                    1e-3, head_first=True),
 }
 
 
@@ -204,9 +279,9 @@ class AlternatingFlips(helpers.ImageBatches):
         return images, targets
 
 
-def make_variant(variant, images, seed, dtype):
+def make_variant(variant, images, seed, dtype, pretrained=False):
     """(model, optimiser) of a variant."""
-    model = network(seed)
+    model = network(seed, pretrained)
     if variant.zero_init:  # the same draws, then zeros
         for module in model.modules():
             if isinstance(module, models.resnet.BasicBlock):
@@ -217,17 +292,27 @@ def make_variant(variant, images, seed, dtype):
         helpers.RECIPES["random"], muon_lr=variant.muon_lr, adamw_lr=variant.adamw_lr,
         muon_side=variant.muon_side)
     optimizer = helpers.make_optimizer(model, recipe, dtype)
+    if variant.sgd_lr:
+        optimizer = torch.optim.SGD(
+            model.parameters(), variant.sgd_lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    groups, optimizer.param_groups = optimizer.param_groups, []
+    head = set(model.fc.parameters())
+    for group in groups:
+        for share, chosen in ((1.0, head), (variant.body_lr, set(group["params"]) - head)):
+            params = [p for p in group["params"] if p in chosen]
+            if params:
+                optimizer.add_param_group({**group, "params": params, "lr": share * group["lr"]})
     return model.to(memory_format=torch.channels_last), optimizer
 
 
-def train_variant(variant, fitting, held_out, seed, dtype):
+def train_variant(variant, fitting, held_out, seed, dtype, pretrained=False):
     """Train on one part, and return which of the held-out images are right."""
     loader = helpers.make_loader(*fitting, True, 64, variant.batch_size, seed)
     held_out_loader = helpers.make_loader(*held_out, False, 64, 128, seed)
     if variant.alternate:
         loader.dataset.__class__ = AlternatingFlips
         loader.dataset.prepare(seed)
-    model, optimizer = make_variant(variant, fitting[0], seed, dtype)
+    model, optimizer = make_variant(variant, fitting[0], seed, dtype, pretrained)
     helpers.seed_everything(seed, [loader.generator])
     criterion = nn.CrossEntropyLoss(label_smoothing=variant.smoothing)
     n_steps, share = len(variant.sizes) * len(loader), helpers.RECIPES["random"].warmup_share
@@ -239,6 +324,9 @@ def train_variant(variant, fitting, held_out, seed, dtype):
     for epoch, size in enumerate(variant.sizes):
         loader.dataset.set_image_size(size)
         loader.dataset.epoch = epoch
+        for name, p in model.named_parameters():
+            first = ("fc", "layer3.1", "layer4")  # the head, the blocks with a new activation
+            p.requires_grad_(epoch > 0 or not variant.head_first or name.startswith(first))
         helpers.train_one_epoch(
             model, criterion, optimizer, scheduler, loader, DEVICE, dtype,
             lambda step, n: variant.average and averaged.update_parameters(model))
@@ -270,22 +358,25 @@ def ablate(train, args, dtype):
     folds = list(StratifiedKFold(3, shuffle=True, random_state=1337).split(images, labels))
     folds = folds[: args.folds]
     names = " | ".join(f"min, {str(d)[6:]}" for d in usable_precisions())
-    print(f"| variant | epochs at 32, 48, 64 px | {names} | accuracy, {len(folds)} fold(s) | "
+    variants = PRETRAINED_VARIANTS if args.pretrained else VARIANTS
+    print(f"| variant | image sides, px | {names} | accuracy, {len(folds)} fold(s) | "
           f"difference ± s.e., points |\n{'| --- ' * (4 + len(usable_precisions()))}|")
     right = {}
-    for name in ["recipe"] + [name for name in args.only or VARIANTS if name != "recipe"]:
-        variant = VARIANTS[name]
+    for name in ["recipe"] + [name for name in args.only or variants if name != "recipe"]:
+        variant = variants[name]
         n_steps = len(folds[0][0]) // variant.batch_size
         sizes = {size: n_steps * variant.sizes.count(size) for size in set(variant.sizes)}
         minutes = " | ".join(
             f"{sum(n * step_seconds(variant, size, d) for size, n in sizes.items()) / 60:.1f}"
             for d in usable_precisions())
         right[name] = np.concatenate([
-            train_variant(variant, (images[a], labels[a]), (images[b], labels[b]), 1337 + i, dtype)
+            train_variant(variant, (images[a], labels[a]), (images[b], labels[b]), 1337 + i, dtype,
+                          args.pretrained)
             for i, (a, b) in enumerate(folds)])
         paired = right[name].astype(float) - right["recipe"]
         error = paired.std(ddof=1) / math.sqrt(len(paired))
-        epochs = ", ".join(str(variant.sizes.count(size)) for size in (32, 48, 64))
+        epochs = ", ".join(
+            f"{variant.sizes.count(size)} × {size}" for size in sorted(set(variant.sizes)))
         print(f"| {variant.what} | {epochs} | {minutes} | {right[name].mean():.1%} | "
               f"{100 * paired.mean():+.2f} ± {100 * error:.2f} |", flush=True)
 
@@ -439,9 +530,14 @@ def main():
     parser.add_argument("--quick", action="store_true", help="2 epochs, an eighth of the images")
     parser.add_argument("--speed", action="store_true", help="only the speed of the loop")
     parser.add_argument("--ablation", action="store_true", help="what each part brings")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="variants of the ablation")
+    parser.add_argument("--only", nargs="+", metavar="NAME",
+                        choices={**VARIANTS, **PRETRAINED_VARIANTS}, help="variants of the ablation")
     parser.add_argument("--folds", type=int, default=3, help="of the ablation, 1 to 3")
-    parser.add_argument("--seeds", type=int, default=0, metavar="N", help="pairs to train")
+    parser.add_argument("--study", metavar="CSV", help="the file to append trainings to")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1337], help="of the study")
+    parser.add_argument("--activations", nargs="+", default=["ReLU", *helpers.ACTIVATIONS],
+                        choices=["ReLU", *helpers.ACTIVATIONS], help="of the study")
+    parser.add_argument("--first", type=int, default=7, help="replaced ReLU, 1-based; of the study")
     parser.add_argument("--pretrained", action="store_true", help="start from torchvision's weights")
     parser.add_argument("--data-dir", default=str(Path(__file__).resolve().parent.parent / "data"))
     parser.add_argument("--image-size", type=int, default=64)
@@ -459,8 +555,8 @@ def main():
     train, test = load(args.data_dir)
     if args.quick:
         train, test = (tuple(part[::8] for part in arrays) for arrays in (train, test))
-    if args.seeds:
-        return compare_seeds(train, test, recipe, args, dtype)
+    if args.study:
+        return study(train, test, recipe, args, dtype)
     if args.ablation:
         return ablate(train, args, dtype)
     if not args.speed:

@@ -7,6 +7,7 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,11 @@ from torch import nn
 import helpers
 
 torch.set_num_threads(2)
+
+CELLS = nbformat.read(ROOT / "ML_Assessment_Candidate.ipynb", as_version=4).cells
+(PARAMETERS,) = (c.source for c in CELLS if "parameters" in c.metadata.get("tags", []))
+DEFAULTS = {}
+exec(PARAMETERS, {}, DEFAULTS)
 
 
 class TinyNet(nn.Module):

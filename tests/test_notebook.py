@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
@@ -15,8 +17,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from torchvision import models
 
-import helpers
-from conftest import ROOT, write_image_tree
+from conftest import DEFAULTS, ROOT, write_image_tree
 
 NOTEBOOK = ROOT / "ML_Assessment_Candidate.ipynb"
 SMALL = dict(
@@ -94,118 +95,128 @@ def check_outputs(notebook):
     assert not re.search(r"(?<![\w.:/])/(home|root|tmp|usr|work|Users|var)/", raw)
 
 
-def put_into(folder, **values):
-    """Copy notebook and helpers into a folder; values are set at the end of the parameters."""
-    for path in (NOTEBOOK, ROOT / "helpers.py"):
-        shutil.copy(path, folder)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    parameters.source += "\n" + "\n".join(f"{name} = {v!r}" for name, v in values.items())
-    return notebook, code_cells(notebook)
-
-
-def execute(notebook, folder, **options):
-    resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=600, resources=resources, **options).execute()
-    return notebook
-
-
 def without_times(cells):
     """What each cell put out, times aside; text that arrived in pieces is put together."""
     outputs = []
     for cell in cells:
         text = "".join(o.text for o in cell.outputs if o.output_type == "stream")
-        data = [o.data for o in cell.outputs if "data" in o]
-        text = re.sub(r"\d+ min \d\d s|(float32|seconds an epoch:) \d+\.\d", "TIME", text + str(data))
+        text += str([o.data for o in cell.outputs if "data" in o])
+        text = re.sub(r"\d+ min \d\d s|(float32|seconds an epoch:) \d+\.\d", "TIME", text)
         outputs.append(re.sub(r"Code cells SHA-256: \w+", "", text))
     return outputs
 
 
+def again(notebook, code):
+    """Every cell twice in a row, and then, from the surgery on, all once more."""
+    surgery = next(i for i, cell in enumerate(code) if "replace_relu" in cell.source)
+    order = [cell for cell in code for _ in range(2)] + code[surgery:]
+    notebook.cells = [nbformat.v4.new_code_cell(cell.source) for cell in order]
+
+
+def interrupt(call):
+    def change(notebook, code):
+        code[0].source += f"""
+import functools, helpers, signal
+interrupt = functools.partial(signal.raise_signal, signal.SIGINT)
+evaluate, calls = helpers.evaluate, iter([int] * {call - 1} + [interrupt] + [int] * 9)
+helpers.evaluate = lambda *args: (next(calls)(), evaluate(*args))[1]"""
+    return change
+
+
+def diverge_without_network(notebook, code):
+    code[0].source += """
+import functools, helpers
+helpers.load_cifar10 = functools.partial(helpers.load_cifar10, urls=())"""
+    training = next(cell for cell in code if "control_history = helpers.fit" in cell.source)
+    training.source = training.source.replace(
+        "    try:\n", "    network.fc.bias.data.fill_(float('nan'))\n    try:\n")
+
+
+OTHER = dict(PRETRAINED=True, EPOCHS=1, PRECISION="auto", IMAGE_SIZE=40, ALT_ACTIVATION="GELU",
+             FIRST_REPLACED=1, CLASS_NAMES=["ship", "frog"], VAL_FRACTION=0.4, RUN_CONTROL=False)
+RUNS = {  # name: values of parameters, and what else is changed
+    "one": ({}, None), "another place": ({}, None), "again": ({"EPOCHS": 1}, again),
+    "partial": ({}, interrupt(2)), "partial control": ({}, interrupt(4)),  # of two epochs each
+    "stand-in": ({"ALLOW_STAND_IN": True, "BATCH_SIZE": 128}, diverge_without_network),
+    "other": (OTHER, None), "bad": ({"FIRST_REPLACED": 10}, None)}
+
+
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The same small run in two places, the second with a backend that shows nothing itself."""
-    notebooks = []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("one", "another place"):
-            folder = tmp_path_factory.mktemp(name)
+def runs(tmp_path_factory):
+    """A function from a name to its executed notebook; two run at a time, with a thread each."""
+    hub = tmp_path_factory.mktemp("hub")
+    (hub / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(models.resnet18(weights=None).state_dict(),
+               hub / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
+
+    def run(name):
+        folder, (values, change) = tmp_path_factory.mktemp(name), RUNS[name]
+        if name != "stand-in":
             write_image_tree(folder / "data", n_train=30, n_test=10)
-            notebooks.append(execute(put_into(folder, **SMALL)[0], folder))
-            patch.setenv("MPLBACKEND", "agg")
-    return notebooks
+        for path in (NOTEBOOK, ROOT / "helpers.py"):
+            shutil.copy(path, folder)
+        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        code = code_cells(notebook)
+        tagged = next(c for c in code if "parameters" in c.metadata.get("tags", []))
+        tagged.source += "".join(f"\n{k} = {v!r}" for k, v in {**SMALL, **values}.items())
+        if change:
+            change(notebook, code)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(hub)}
+        if name == "another place":
+            env["MPLBACKEND"] = "agg"  # which shows nothing itself
+        resources = {"metadata": {"path": str(folder)}}
+        return NotebookClient(notebook, timeout=600, resources=resources).execute(env=env)
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = {name: pool.submit(run, name) for name in RUNS}
+        yield lambda name: futures[name].result()
 
 
-def test_a_headless_run_prints_every_required_line_and_shows_every_picture(executed):
-    for notebook in executed:
-        check_outputs(notebook)
-    text = printed(executed[0])
+def test_a_headless_run_prints_every_required_line_and_shows_every_picture(runs):
+    for name in ("one", "another place"):
+        check_outputs(runs(name))
+    text = printed(runs("one"))
     assert "Train counts: {0: 27, 1: 27, 2: 27} | Val counts: {0: 3, 1: 3, 2: 3}" in text
     assert "Train batch: images (16, 3, 32, 32), labels (16,)" in text
     assert "INCOMPLETE: 400 of CIFAR-10's 60,000 images." in text and "not verified" in text
     assert "STAND-IN" not in text and "PARTIAL" not in text
 
 
-def test_two_headless_runs_in_two_places_are_equal_but_for_times(executed):
-    one, another = (without_times(code_cells(notebook)) for notebook in executed)
+def test_two_headless_runs_in_two_places_are_equal_but_for_times(runs):
+    one, another = (without_times(code_cells(runs(name))) for name in ("one", "another place"))
     assert one == another
 
 
-def test_a_cell_run_again_gives_the_same_output(tmp_path):
-    write_image_tree(tmp_path / "data", n_train=20, n_test=6)
-    notebook, code = put_into(tmp_path, **{**SMALL, "EPOCHS": 1})
-    # Every cell twice in a row, and then, from the surgery on, all once more.
-    surgery = next(i for i, cell in enumerate(code) if "replace_relu" in cell.source)
-    twice = [nbformat.v4.new_code_cell(cell.source) for cell in code for _ in range(2)]
-    again = [nbformat.v4.new_code_cell(cell.source) for cell in code[surgery:]]
-    notebook.cells = twice + again
-    execute(notebook, tmp_path)
-    pairs = list(zip(twice[::2] + twice[2 * surgery::2], twice[1::2] + again))
+def test_a_cell_run_again_gives_the_same_output(runs):
+    cells, n = runs("again").cells, len(code_cells(runs("one")))
+    twice, once_more = cells[:2 * n], cells[2 * n:]
+    pairs = list(zip(twice[::2] + twice[-2 * len(once_more)::2], twice[1::2] + once_more))
+    assert all(first.source == second.source for first, second in pairs)
     for first, second in pairs[1:]:  # but for the first cell's, which the last one fills in
         if "checklist" not in first.source:  # which counts the cells
             assert without_times([first]) == without_times([second]), first.source
 
 
-INTERRUPT = """
-import helpers
-evaluate, calls = helpers.evaluate, []
-
-def interrupted(*args):
-    calls.append(1)
-    if len(calls) == INTERRUPTED_CALL:
-        raise KeyboardInterrupt
-    return evaluate(*args)
-
-helpers.evaluate = interrupted
-"""
-
-
-@pytest.mark.parametrize("call, said", [  # two epochs each: the second, and the control's second
-    (2, ["PARTIAL RUN: interrupted in epoch 2 of 2", "No control: the first training is partial"]),
-    (4, ["No control: its training was interrupted in epoch 2 of 2"])])
-def test_an_interrupted_training_still_reports_and_says_so_in_every_place(tmp_path, call, said):
-    write_image_tree(tmp_path / "data", n_train=30, n_test=10)
-    notebook, code = put_into(tmp_path, **SMALL)
-    code[0].source += f"\nINTERRUPTED_CALL = {call}" + INTERRUPT
-    text = printed(execute(notebook, tmp_path))
+@pytest.mark.parametrize("name, said", [
+    ("partial", ["PARTIAL RUN: interrupted in epoch 2 of 2",
+                 "No control: the first training is partial"]),
+    ("partial control", ["No control: its training was interrupted in epoch 2 of 2"])])
+def test_an_interrupted_training_still_reports_and_says_so_in_every_place(runs, name, said):
+    notebook = runs(name)
+    text = printed(notebook)
     box, *_, bullets, _ = shown(notebook, "text/markdown")
-    assert all(sentence in text for sentence in said)
-    for sentence in ("1. Faster: not tested", "2. No further: not tested", "Test Acc: ",
+    for sentence in (*said, "1. Faster: not tested", "2. No further: not tested", "Test Acc: ",
                      "Total runtime: ", "control: "):
         assert sentence in text
     assert "No comparison" in box and "No comparison" in bullets
     assert "Difference" not in box
-    assert ("[PARTIAL: interrupted in epoch 2 of 2]" in box) == (call == 2) == ("PARTIAL" in bullets)
+    is_partial = name == "partial"
+    assert ("[PARTIAL: interrupted in epoch 2 of 2]" in box) == is_partial == ("PARTIAL" in bullets)
 
 
-def test_a_control_that_diverges_and_the_stand_in_are_reported(tmp_path):
-    notebook, code = put_into(tmp_path, **{**SMALL, "ALLOW_STAND_IN": True, "BATCH_SIZE": 128})
-    code[0].source += """
-import functools, helpers
-helpers.load_cifar10 = functools.partial(helpers.load_cifar10, urls=())  # as with no network
-"""
-    training = next(cell for cell in code if "control_history = helpers.fit" in cell.source)
-    training.source = training.source.replace(
-        "    try:\n", "    network.fc.bias.data.fill_(float('nan'))\n    try:\n")
-    text = printed(execute(notebook, tmp_path))
+def test_a_control_that_diverges_and_the_stand_in_are_reported(runs):
+    notebook = runs("stand-in")
+    text = printed(notebook)
     box, *_, bullets, _ = shown(notebook, "text/markdown")
     assert "No control: its training failed: loss nan in step 1" in text and "Test Acc: " in text
     assert "###" in text and text.count("STAND-IN") == 2  # banner and summary
@@ -213,16 +224,8 @@ helpers.load_cifar10 = functools.partial(helpers.load_cifar10, urls=())  # as wi
     assert "say nothing about CIFAR-10" in bullets and "Difference" not in box
 
 
-def test_other_parameters_and_loaded_weights_run_through(tmp_path, monkeypatch):
-    write_image_tree(tmp_path / "data", n_train=30, n_test=10)
-    checkpoints = tmp_path / "hub" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    torch.save(models.resnet18(weights=None).state_dict(), checkpoints / "resnet18-f37072fd.pth")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    notebook, _ = put_into(tmp_path, **{**SMALL, **dict(
-        PRETRAINED=True, EPOCHS=1, PRECISION="auto", IMAGE_SIZE=40, ALT_ACTIVATION="GELU",
-        FIRST_REPLACED=1, CLASS_NAMES=["ship", "frog"], VAL_FRACTION=0.4, RUN_CONTROL=False)})
-    text = printed(execute(notebook, tmp_path))
+def test_other_parameters_and_loaded_weights_run_through(runs):
+    text = printed(runs("other"))
     for line in (
             "Using resnet18, pretrained=True", "ReLU remaining: 0", "GELU inserted: 9",
             "New head: in_features=512 → out_features=2",
@@ -232,32 +235,24 @@ def test_other_parameters_and_loaded_weights_run_through(tmp_path, monkeypatch):
             "Recipe: fine-tuning", "No control: RUN_CONTROL is False.", "1. Faster: not tested",
             "3. It is used, GELU: ", "Weights started from: ImageNet weights"):
         assert line in text, line
-    box, *_, bullets, _ = shown(notebook, "text/markdown")
+    box, *_, bullets, _ = shown(runs("other"), "text/markdown")
     assert "resnet18 from ImageNet weights" in box and "RUN_CONTROL is False" in box
     assert "of 24 training images" in bullets and "of 24 validation images" in bullets
     assert "ImageNet" not in bullets
 
 
-def test_a_bad_parameter_stops_at_the_cell_that_checks_it(tmp_path):
-    notebook, _ = put_into(tmp_path, FIRST_REPLACED=10)
+def test_a_bad_parameter_stops_at_the_cell_that_checks_it(runs):
     with pytest.raises(CellExecutionError, match="FIRST_REPLACED is 10: it must be"):
-        execute(notebook, tmp_path)
+        runs("bad")
 
 
 def test_the_parameters_cell_holds_the_public_interface_and_nothing_else():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    values = {}
-    exec(tagged[0].source, values)
-    del values["__builtins__"]
-    helpers.check_parameters(values)
     fixed = dict(SEED=1337, MODEL_NAME="resnet18", PRETRAINED=True, ALT_ACTIVATION="SiLU",
                  FIRST_REPLACED=7, CLASS_NAMES=["cat", "dog", "airplane"], VAL_FRACTION=0.1,
-                 IMAGE_SIZE=values["IMAGE_SIZE"], BATCH_SIZE=values["BATCH_SIZE"], EPOCHS=None,
+                 IMAGE_SIZE=DEFAULTS["IMAGE_SIZE"], BATCH_SIZE=DEFAULTS["BATCH_SIZE"], EPOCHS=None,
                  DATA_DIR="data", ALLOW_STAND_IN=True, PRECISION="auto", RUN_CONTROL=True,
                  TIME_BUDGET_MINUTES=20)
-    assert values == fixed and list(values) == list(fixed)
+    assert DEFAULTS == fixed and list(DEFAULTS) == list(fixed)
 
 
 def test_the_committed_notebook_was_executed_on_real_images_by_the_committed_code():
@@ -270,7 +265,7 @@ def test_the_committed_notebook_was_executed_on_real_images_by_the_committed_cod
     sources = [cell.source for cell in code_cells(notebook)]
     executed = "".join(TransformerManager().transform_cell(s).strip() for s in sources)
     assert f"Code cells SHA-256: {hashlib.sha256(executed.encode()).hexdigest()}" in text
-    assert "Train counts: {0: 4500, 1: 4500, 2: 4500} | Val counts: {0: 500, 1: 500, 2: 500}" in text
+    assert "Train counts: {0: 4500, 1: 4500, 2: 4500} | Val counts: {0: 500, 1: 500, 2: 5" in text
     assert "STAND-IN" not in text and "PARTIAL" not in text
     epochs = re.findall(r"Epoch (\d+)/\d+ .* Train Acc: ([\d.]+)% .* Val Acc: ([\d.]+)%", text)
     assert all(float(train) - float(val) <= 8 for epoch, train, val in epochs if int(epoch) > 1)

@@ -9,17 +9,12 @@ import types
 from pathlib import Path
 
 import IPython.display
-import nbformat
 import numpy as np
 import pytest
 import torch
 
 import helpers
-from conftest import ROOT
-
-CELLS = nbformat.read(ROOT / "ML_Assessment_Candidate.ipynb", as_version=4).cells
-DEFAULTS = {}
-exec(next(c.source for c in CELLS if "parameters" in c.metadata.get("tags", [])), {}, DEFAULTS)
+from conftest import DEFAULTS
 
 ALLOWED = {
     "SEED": [0, 2**32 - 1], "MODEL_NAME": list(helpers.MODELS), "PRETRAINED": [True, False],
@@ -115,7 +110,8 @@ def test_a_duration_is_told_in_minutes_and_seconds(seconds, text):
 @pytest.mark.parametrize("pause, in_notebook, expected", [
     (60, True, ["new 1", "last"]), (0, True, ["new 1", "2", "last"]), (0, False, [])])
 def test_a_live_line_updates_one_display_in_notebooks(monkeypatch, pause, in_notebook, expected):
-    shown, line = [], helpers.LiveLine(seconds_between_updates=pause)
+    shown, line = [], helpers.LiveLine()
+    line.seconds_between_updates = pause
     handle = types.SimpleNamespace(update=lambda data, raw: shown.append(data["text/plain"]))
     monkeypatch.setitem(sys.modules, "ipykernel", types)
     in_notebook or monkeypatch.delitem(sys.modules, "ipykernel")
