@@ -195,7 +195,7 @@ class Variant:
     """
 
     what: str
-    sizes: tuple = (32, 32, 32, 64)
+    sizes: tuple = (64, 64, 64, 64)
     muon_lr: float = 5e-3
     adamw_lr: float = 3e-3
     batch_size: int = 128
@@ -208,20 +208,26 @@ class Variant:
     whitened: bool = False
     average: bool = False
     alternate: bool = False
+    base: str = "recipe"  # what it is compared with
 
 
+LONG = (64,) * 6
 VARIANTS = {
-    "recipe": Variant("the recipe"),
+    "recipe": Variant("**the recipe in bfloat16**"),
+    "half": Variant("half-size epochs first (**the recipe in float32**)", (32,) * 3 + (64,) * 3),
     "muon": Variant("Muon for the last stage, too", muon_side=10**9),
+    "muon-less": Variant("AdamW for the last two stages", muon_side=128),
     "adamw": Variant("AdamW alone, 3e-3", muon_side=0),
-    "fullsize": Variant("every epoch at 64 px", (64, 64, 64)),
-    "nosmooth": Variant("no label smoothing", smoothing=0.0),
-    "batch": Variant("batch 256, rates 1.4 times as high", (32, 32, 32, 32, 64), 7e-3, 4e-3, 256),
-    "middle": Variant("32, 48 and 64 px", (32, 32, 48, 64)),
+    "batch": Variant("batch 256, rates 1.4 times as high", muon_lr=7e-3, adamw_lr=4.2e-3,
+                     batch_size=256),
+    "middle": Variant("every epoch at 48 px", (48,) * 5),
     "white": Variant("first convolution starts at whitening filters", whitened=True),
     "zero": Variant("residual branches that start at zero", zero_init=True),
     "average": Variant("moving average of the weights, 0.98 a step", average=True),
     "alternate": Variant("alternating instead of random flips", alternate=True),
+    "long": Variant("**the recipe in bfloat16**, longer", LONG, base="long"),
+    "long-half": Variant("half-size epochs first", (32,) * 4 + (64,) * 4, base="long"),
+    "long-nosmooth": Variant("no label smoothing", LONG, smoothing=0.0, base="long"),
 }
 
 
@@ -357,12 +363,13 @@ def ablate(train, args, dtype):
     images, labels = train
     folds = list(StratifiedKFold(3, shuffle=True, random_state=1337).split(images, labels))
     folds = folds[: args.folds]
-    names = " | ".join(f"min, {str(d)[6:]}" for d in usable_precisions())
+    columns = " | ".join(f"min, {str(d)[6:]}" for d in usable_precisions())
     variants = PRETRAINED_VARIANTS if args.pretrained else VARIANTS
-    print(f"| variant | image sides, px | {names} | accuracy, {len(folds)} fold(s) | "
+    print(f"| variant | image sides, px | {columns} | accuracy, {len(folds)} fold(s) | "
           f"difference ± s.e., points |\n{'| --- ' * (4 + len(usable_precisions()))}|")
     right = {}
-    for name in ["recipe"] + [name for name in args.only or variants if name != "recipe"]:
+    names = args.only or variants
+    for name in dict.fromkeys(n for name in names for n in (variants[name].base, name)):
         variant = variants[name]
         n_steps = len(folds[0][0]) // variant.batch_size
         sizes = {size: n_steps * variant.sizes.count(size) for size in set(variant.sizes)}
@@ -373,12 +380,13 @@ def ablate(train, args, dtype):
             train_variant(variant, (images[a], labels[a]), (images[b], labels[b]), 1337 + i, dtype,
                           args.pretrained)
             for i, (a, b) in enumerate(folds)])
-        paired = right[name].astype(float) - right["recipe"]
+        paired = right[name].astype(float) - right[variant.base]
         error = paired.std(ddof=1) / math.sqrt(len(paired))
         epochs = ", ".join(
             f"{variant.sizes.count(size)} × {size}" for size in sorted(set(variant.sizes)))
-        print(f"| {variant.what} | {epochs} | {minutes} | {right[name].mean():.1%} | "
-              f"{100 * paired.mean():+.2f} ± {100 * error:.2f} |", flush=True)
+        difference = "" if name == variant.base else f"{100 * paired.mean():+.2f} ± {100 * error:.2f}"
+        print(f"| {variant.what} | {epochs} | {minutes} | {right[name].mean():.1%} | {difference} |",
+              flush=True)
 
 
 def compare_steps(rounds):
@@ -549,6 +557,8 @@ def main():
     helpers.seed_everything(1337)
     dtype = getattr(torch, args.precision) if args.precision else usable_precisions()[-1]
     recipe = helpers.RECIPES["pretrained" if args.pretrained else "random"]
+    if dtype == torch.bfloat16:  # as in helpers.plan_training
+        recipe = dataclasses.replace(recipe, small_share=0.0)
     if args.epochs or args.quick:
         recipe = dataclasses.replace(recipe, epochs=args.epochs or 2)
     print(f"{processor()}\n{str(dtype)[6:]}, {helpers.environment_summary(DEVICE)}")

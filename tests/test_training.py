@@ -260,7 +260,8 @@ def test_the_time_is_for_the_pair_or_one(monkeypatch, clock, epochs, left, contr
     monkeypatch.setattr(helpers, "measure_epoch", lambda *args: 1.0)
     plan = helpers.plan_training(None, recipe, None, None, 64, CPU, "float32", seconds, control)
     assert (plan.recipe, plan.run_control) == (replace(recipe, epochs=planned), pair)
-    assert plan.estimate == planned and ("may overrun" in "".join(plan.notes)) == (left < 1)
+    assert f"0 min 0{planned} s each" in plan.notes[2]
+    assert ("may overrun" in "".join(plan.notes)) == (left < 1)
     assert ("No control" in "".join(plan.notes)) == (control and not pair)
 
 
@@ -282,13 +283,15 @@ def test_auto_takes_bfloat16_where_it_trains_1_2_times_as_fast_and_the_rest_is_a
     monkeypatch.setattr(helpers, "has_bfloat16", lambda device: supported)
     monkeypatch.setattr(
         helpers, "product_seconds", lambda dtype: slower if dtype == BFLOAT16 else 1)
-    calls, duration = [], seconds[expected, 32] + 2 * seconds[expected, 64]  # of 3 epochs
+    duration, calls = (11 if expected == FLOAT32 else 3 * large), []  # of 3 epochs
     monkeypatch.setattr(helpers, "measure_epoch", measure)
     left, recipe = 200 * len(measured) + duration / 0.9 + 0.01, replace(RECIPE, small_share=0.5)
     plan = helpers.plan_training(None, recipe, None, None, 64, CPU, precision, left)
     assert calls == [(dtype, size) for dtype in measured for size in (32, 64)]
     assert (plan.dtype, plan.seconds) == (expected, 200 * len(measured))
-    assert (plan.recipe.epochs, plan.estimate) == (3, duration)
+    sizes = [32, 64, 64] if expected == FLOAT32 else [64] * 3  # bfloat16 has no small ones
+    assert plan.recipe.image_sizes(64) == sizes
+    assert helpers.format_duration(duration) in plan.notes[2]
     assert all(words in plan.notes[0] for words in (f": {str(expected)[6:]} ", repr(precision)))
     assert ("no bfloat16" in plan.notes[0]) == (not supported)
     assert ("are 99 times slower" in plan.notes[0]) == ((precision, slower) == ("auto", 99))
