@@ -1,8 +1,7 @@
 """Activation swap and fine-tuning: the work behind ML_Assessment_Candidate.ipynb.
 
-The sections follow the data, and nothing calls a section below its own: reproducibility, downloads,
-model surgery, CIFAR-10, loaders, training, measuring, pictures. Python 3.9+, PyTorch 2.0+,
-torchvision 0.15+.
+Nothing calls a section below its own: reproducibility, downloads, model surgery, CIFAR-10, loaders,
+training, measuring, pictures. Python 3.9+, PyTorch 2.0+, torchvision 0.15+.
 """
 
 import contextlib
@@ -671,9 +670,10 @@ def make_loader(
 ) -> DataLoader:
     """A DataLoader of (images, labels) batches over :class:`ImageBatches`.
 
-    Training loaders augment, shuffle by ``seed``, and leave out an incomplete last batch; the
-    others keep the order and every image. The sampler cuts the batches (``batch_size=None``), so
-    one call makes a whole one. Raises ValueError if there is no image, or only one to train on.
+    Training loaders augment, shuffle by ``seed``, and leave out an incomplete last batch if it is
+    not the only one; the others keep the order and every image. The sampler cuts the batches
+    (``batch_size=None``), so one call makes a whole one. Raises ValueError if there is no image, or
+    only one to train on.
     """
     dataset = ImageBatches(images, labels, train, image_size)
     if len(dataset) < (2 if train else 1):
@@ -695,7 +695,7 @@ class Recipe:
 
     ``muon_lr`` and ``adamw_lr`` are peaks of the learning rates (see :func:`one_cycle`). The first
     ``small_share`` of the epochs sees images of half the size, in float32, where they take a third
-    of the time. Muon is for weights whose smaller side is at most ``muon_side``.
+    of the time; in bfloat16 none does. Muon is for weights with a side of at most ``muon_side``.
     """
 
     name: str
@@ -708,9 +708,9 @@ class Recipe:
     label_smoothing: float = 0.1
     warmup_share: float = 0.15
 
-    def image_sizes(self, image_size: int) -> List[int]:
+    def image_sizes(self, image_size: int, dtype: torch.dtype) -> List[int]:
         """The side of the images in each epoch, in pixels."""
-        n_small = int(self.small_share * self.epochs)
+        n_small = int(self.small_share * self.epochs) if dtype == torch.float32 else 0
         return [max(32, image_size // 2)] * n_small + [image_size] * (self.epochs - n_small)
 
 
@@ -795,7 +795,7 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
 
 
-def product_seconds(dtype: torch.dtype) -> float:
+def matmul_seconds(dtype: torch.dtype) -> float:
     """Seconds that a product of two 512x512 matrices takes on the CPU, the best of 3."""
     matrix = torch.ones(512, 512, dtype=dtype)
     return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
@@ -989,7 +989,7 @@ def measure_epoch(
     """Expected seconds of an epoch and its validation at ``image_size``, from a few steps.
 
     They are made on a copy of the model; the first is left out, because it sets up kernels, and
-    fewer are made where they are slow. Every generator is left as it was.
+    fewer are made where they are slow. CPU and CUDA generators are left as they were.
     """
     copied = copy.deepcopy(model).to(device, memory_format=memory_format(device))
     optimizer = make_optimizer(copied, recipe, dtype)
@@ -1029,45 +1029,43 @@ def plan_training(
     start, reason = time.perf_counter(), ""
     dtypes = [torch.float32, torch.bfloat16] if precision == "auto" else [getattr(torch, precision)]
     if not has_bfloat16(device):
-        dtypes, reason = [torch.float32], f";\nno bfloat16 on this {device.type} device"
+        dtypes, reason = [torch.float32], f"; no bfloat16 on this {device.type} device"
     elif precision == "auto" and device.type == "cpu":
-        times_slower = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+        times_slower = matmul_seconds(torch.bfloat16) / matmul_seconds(torch.float32)
         if times_slower > 2:
-            dtypes, reason = dtypes[:1], f";\nbfloat16 products are {times_slower:.0f} times slower"
+            dtypes, reason = dtypes[:1], f"; bfloat16 products are {times_slower:.0f} times slower"
     seconds = {
         (d, size): measure_epoch(model, recipe, train_loader, val_loader, size, device, d)
-        for d in dtypes for size in sorted(set(recipe.image_sizes(image_size)))}
+        for d in dtypes for size in sorted(set(recipe.image_sizes(image_size, d)))}
 
     def estimate(epochs: int, dtype: torch.dtype) -> float:
-        sizes = replace(recipe, epochs=epochs).image_sizes(image_size)
+        sizes = replace(recipe, epochs=epochs).image_sizes(image_size, dtype)
         return sum(seconds[dtype, size] for size in sizes)
 
-    per_epoch = {d: estimate(recipe.epochs, d) / recipe.epochs for d in dtypes}
-    dtype = dtypes[-1] if per_epoch[dtypes[0]] >= 1.2 * per_epoch[dtypes[-1]] else dtypes[0]
-    measured = ", ".join(f"{str(d)[6:]} {s:.1f}" for d, s in per_epoch.items())
-    if dtype == torch.bfloat16:
-        recipe = replace(recipe, small_share=0.0)
+    full = {d: seconds[d, image_size] for d in dtypes}
+    dtype = dtypes[-1] if full[dtypes[0]] >= 1.2 * full[dtypes[-1]] else dtypes[0]
+    measured = ", ".join(f"{str(d)[6:]} {s:.1f}" for d, s in full.items())
     measuring = time.perf_counter() - start
-    left = 0.9 * (seconds_left - measuring)
+    left = max(0.0, 0.9 * (seconds_left - measuring))
 
     def fitting(networks: int) -> int:
         """The largest number of epochs that fits, 0 if none does."""
         return sum(networks * estimate(n + 1, dtype) <= left for n in range(recipe.epochs))
 
-    pair = run_control and fitting(2) >= min(MIN_EPOCHS, recipe.epochs)
-    networks = 2 if pair else 1
-    epochs = max(1, fitting(networks))
+    least = min(MIN_EPOCHS, recipe.epochs)
+    pair = run_control and fitting(2) >= least
+    epochs = max(1, fitting(2 if pair else 1))
     expected = estimate(epochs, dtype)
     notes = [
-        f"Precision: {str(dtype)[6:]} (PRECISION={precision!r}; seconds an epoch: "
-        f"{measured}{reason}).",
-        f"Epochs: {epochs} of the recipe's {recipe.epochs}, for {networks} network(s) in the "
-        f"{format_duration(left)} left.",
+        f"Precision: {str(dtype)[6:]} (PRECISION={precision!r}{reason}).",
+        f"Seconds an epoch at {image_size} px: {measured}.",
+        f"Epochs: {epochs} of {recipe.epochs}, for "
+        f"{'each of two networks' if pair else 'one network'}, in {format_duration(left)}.",
         f"Estimated training time: {format_duration(expected)} each."]
     if expected > left:
         notes.append("Even so few epochs may overrun the time budget.")
     if run_control and not pair:
-        notes.append(f"No control: the pair would get fewer than {MIN_EPOCHS} epochs each.")
+        notes.append(f"No control: the pair would get fewer than {least} epochs each.")
     return Plan(dtype, replace(recipe, epochs=epochs), pair, measuring, tuple(notes))
 
 
@@ -1096,7 +1094,7 @@ def fit(
     progress, metrics, last_state, stopped = LiveLine(), [], None, None
     start = epoch_start = time.perf_counter()
     try:
-        for epoch, size in enumerate(recipe.image_sizes(image_size), start=1):
+        for epoch, size in enumerate(recipe.image_sizes(image_size, dtype), start=1):
             now = time.perf_counter()
             if metrics:
                 expected = (now - epoch_start) * (size / metrics[-1].image_size) ** 2
@@ -1224,7 +1222,7 @@ def plot_history(histories: Dict[str, History], title: str) -> plt.Figure:
         [["loss", "accuracy"], ["loss", "difference"]][:n], height_ratios=[2, 1][:n],
         figsize=(10, 3.4 + 0.8 * n))
     for (name, history), colour in zip(histories.items(), (BLUE, ORANGE)):
-        for part, style in (("train", "--"), ("val", "-o")):
+        for part, style in (("train", "--x"), ("val", "-o")):
             for quantity, scale in (("loss", 1), ("accuracy", 100)):
                 values = [scale * getattr(m, f"{part}_{quantity}") for m in history.epochs]
                 axes[quantity].plot([m.epoch for m in history.epochs], values, style,

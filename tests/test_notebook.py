@@ -101,7 +101,7 @@ def without_times(cells):
     for cell in cells:
         text = "".join(o.text for o in cell.outputs if o.output_type == "stream")
         text += str([o.data for o in cell.outputs if "data" in o])
-        text = re.sub(r"\d+ min \d\d s|(float32|seconds an epoch:) \d+\.\d", "TIME", text)
+        text = re.sub(r"\d+ min \d\d s|(float32|bfloat16) \d+\.\d", "TIME", text)
         outputs.append(re.sub(r"Code cells SHA-256: \w+", "", text))
     return outputs
 
