@@ -236,23 +236,22 @@ VARIANTS = {
     "long-nosmooth": Variant("no label smoothing", LONG, smoothing=0.0, base="long"),
 }
 
-
-MIXED = (32, 32, 64, 64, 64, 64)
+FIVE = (64,) * 5
 PRETRAINED_VARIANTS = {
-    "recipe": Variant("Muon 4e-3, AdamW 1e-3 for the rest", MIXED, 4e-3, 1e-3),
-    "muon-1": Variant("Muon 1e-3, AdamW 1e-3", MIXED, 1e-3, 1e-3),
-    "muon-2": Variant("Muon 2e-3, AdamW 1e-3", MIXED, 2e-3, 1e-3),
-    "adamw-0.3": Variant("AdamW 3e-4", MIXED, adamw_lr=3e-4, muon_side=0),
-    "adamw-1": Variant("AdamW 1e-3", MIXED, adamw_lr=1e-3, muon_side=0),
-    "adamw-3": Variant("AdamW 3e-3", MIXED, adamw_lr=3e-3, muon_side=0),
-    "sgd-0.02": Variant("SGD 0.02", MIXED, sgd_lr=0.02),
-    "sgd-0.06": Variant("SGD 0.06", MIXED, sgd_lr=0.06),
-    "sgd-0.2": Variant("SGD 0.2", MIXED, sgd_lr=0.2),
-    "fullsize": Variant("the recipe, every epoch at 64 px", (64,) * 5, 4e-3, 1e-3),
-    "large": Variant("the recipe, at 48 and 96 px", (48, 96, 96), 4e-3, 1e-3),
-    "body": Variant("the recipe, 0.3 times the rates below the head", MIXED, 4e-3, 1e-3,
+    "recipe": Variant("**the recipe**: Muon 4e-3, AdamW 1e-3 for the rest", FIVE, 4e-3, 1e-3),
+    "muon-1": Variant("Muon 1e-3, AdamW 1e-3", FIVE, 1e-3, 1e-3),
+    "muon-2": Variant("Muon 2e-3, AdamW 1e-3", FIVE, 2e-3, 1e-3),
+    "adamw-0.3": Variant("AdamW 3e-4", FIVE, adamw_lr=3e-4, muon_side=0),
+    "adamw-1": Variant("AdamW 1e-3", FIVE, adamw_lr=1e-3, muon_side=0),
+    "adamw-3": Variant("AdamW 3e-3", FIVE, adamw_lr=3e-3, muon_side=0),
+    "sgd-0.02": Variant("SGD 0.02", FIVE, sgd_lr=0.02),
+    "sgd-0.06": Variant("SGD 0.06", FIVE, sgd_lr=0.06),
+    "sgd-0.2": Variant("SGD 0.2", FIVE, sgd_lr=0.2),
+    "half": Variant("the recipe, half-size epochs first", (32,) * 3 + (64,) * 3, 4e-3, 1e-3),
+    "large": Variant("the recipe at 96 px", (96, 96), 4e-3, 1e-3),
+    "body": Variant("the recipe, 0.3 times the rates below the head", FIVE, 4e-3, 1e-3,
                     body_lr=0.3),
-    "head": Variant("the recipe, head and swapped blocks alone in the first epoch", MIXED, 4e-3,
+    "head": Variant("the recipe, head and swapped blocks alone in the first epoch", FIVE, 4e-3,
                     1e-3, head_first=True),
 }
 
