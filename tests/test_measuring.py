@@ -101,10 +101,6 @@ def test_the_curves_hold_the_metrics_and_the_difference_and_shade_the_small_epoc
         heights = [bar.get_height() for bar in axes["difference"].patches[:-1]]
         assert values["accuracy"][3] == [50, 50, 50] and heights == pytest.approx([12, 25])
     assert ("difference" in axes) == (len(epochs) == 2)
-    plt.close("all")
-
-
-def test_without_smaller_epochs_nothing_is_shaded():
-    figure = helpers.plot_history({"ReLU": helpers.History(EPOCHS[1:], 1.0)}, "Title")
+    figure = helpers.plot_history({"ReLU": helpers.History(EPOCHS[1:], 1.0)}, "No small epochs")
     assert not any(axis.patches for axis in figure.axes)
     plt.close("all")
