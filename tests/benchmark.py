@@ -134,9 +134,9 @@ def study(train, test, recipe, args, dtype):
         "test_images": str(len(test[1]))}
     rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     done = {(row["weights"], row["activation"], row["first"], row["seed"]) for row in rows}
-    for row in rows:
+    for row in (row for row in rows if row["weights"] == common["weights"]):
         for name in ("recipe", "test_images"):
-            if row["weights"] == common["weights"] and row[name] != common[name]:
+            if row[name] != common[name]:
                 raise SystemExit(f"{path} has {name} {row[name]}, not {common[name]}: "
                                  "give another file.")
     for seed in args.seeds:
@@ -180,8 +180,8 @@ def study_table(rows):
         if activation != "ReLU" and paired:
             text = f"{np.mean(paired):+.2f}"
             if len(paired) > 1:
-                half = stats.t.ppf(0.975, len(paired) - 1) * stats.sem(paired)
-                text += f" ({np.mean(paired) - half:+.2f} to {np.mean(paired) + half:+.2f})"
+                low, high = stats.ttest_1samp(paired, 0).confidence_interval(0.95)
+                text += f" ({low:+.2f} to {high:+.2f})"
         lines.append(f"| {weights} | {activation} | {first} | {len(accuracy)} | "
                      f"{np.mean(list(accuracy.values())):.2%} | {text} |")
     return lines
