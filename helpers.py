@@ -1022,7 +1022,7 @@ def plan_training(
 
     ``precision`` "auto" takes bfloat16 where training is at least 1.2 times as fast with it. Where
     its products take twice as long as float32's it is not tried: without bfloat16 instructions it
-    can be a hundred times slower. 10% of ``seconds_left`` is kept in reserve for the report, the
+    can be a hundred times slower. 15% of ``seconds_left`` is kept in reserve for the report, the
     trainings share the rest, and epochs are cut, down to 1, until they fit. ``run_control`` plans
     for two networks, or for one if they would get fewer than ``MIN_EPOCHS`` epochs each.
     """
@@ -1046,7 +1046,7 @@ def plan_training(
     dtype = dtypes[-1] if full[dtypes[0]] >= 1.2 * full[dtypes[-1]] else dtypes[0]
     measured = ", ".join(f"{str(d)[6:]} {s:.1f}" for d, s in full.items())
     measuring = time.perf_counter() - start
-    left = max(0.0, 0.9 * (seconds_left - measuring))
+    left = max(0.0, 0.85 * (seconds_left - measuring))
 
     def fitting(networks: int) -> int:
         """The largest number of epochs that fits, 0 if none does."""

@@ -210,6 +210,7 @@ class Variant:
     sgd_lr: float = 0.0
     body_lr: float = 1.0
     head_first: bool = False
+    scratch: bool = False  # no trained weights
     zero_init: bool = False
     whitened: bool = False
     average: bool = False
@@ -236,23 +237,30 @@ VARIANTS = {
     "long-nosmooth": Variant("no label smoothing", LONG, smoothing=0.0, base="long"),
 }
 
-FIVE = (64,) * 5
+FIVE, ELEVEN = (64,) * 5, (64,) * 11
 PRETRAINED_VARIANTS = {
-    "recipe": Variant("**the recipe**: Muon 4e-3, AdamW 1e-3 for the rest", FIVE, 4e-3, 1e-3),
-    "muon-1": Variant("Muon 1e-3, AdamW 1e-3", FIVE, 1e-3, 1e-3),
-    "muon-2": Variant("Muon 2e-3, AdamW 1e-3", FIVE, 2e-3, 1e-3),
+    "recipe": Variant("Muon 4e-3, AdamW 1e-3 for the rest", FIVE, 4e-3, 1e-3),
+    "muon-1": Variant("Muon 1e-3", FIVE, 1e-3, 1e-3),
+    "muon-2": Variant("Muon 2e-3", FIVE, 2e-3, 1e-3),
     "adamw-0.3": Variant("AdamW 3e-4", FIVE, adamw_lr=3e-4, muon_side=0),
     "adamw-1": Variant("AdamW 1e-3", FIVE, adamw_lr=1e-3, muon_side=0),
     "adamw-3": Variant("AdamW 3e-3", FIVE, adamw_lr=3e-3, muon_side=0),
     "sgd-0.02": Variant("SGD 0.02", FIVE, sgd_lr=0.02),
     "sgd-0.06": Variant("SGD 0.06", FIVE, sgd_lr=0.06),
     "sgd-0.2": Variant("SGD 0.2", FIVE, sgd_lr=0.2),
-    "half": Variant("the recipe, half-size epochs first", (32,) * 3 + (64,) * 3, 4e-3, 1e-3),
-    "large": Variant("the recipe at 96 px", (96, 96), 4e-3, 1e-3),
-    "body": Variant("the recipe, 0.3 times the rates below the head", FIVE, 4e-3, 1e-3,
+    "sgd-0.6": Variant("SGD 0.6", FIVE, sgd_lr=0.6),
+    "four": Variant("Muon 4e-3, an epoch less", (64,) * 4, 4e-3, 1e-3),
+    "half": Variant("Muon 4e-3, half-size epochs first", (32,) * 3 + (64,) * 3, 4e-3, 1e-3),
+    "large": Variant("Muon 4e-3 at 96 px", (96,) * 3, 4e-3, 1e-3),
+    "body": Variant("Muon 4e-3, 0.3 times the rates below the head", FIVE, 4e-3, 1e-3,
                     body_lr=0.3),
-    "head": Variant("the recipe, head and swapped blocks alone in the first epoch", FIVE, 4e-3,
+    "head": Variant("Muon 4e-3, head and swapped blocks alone in the first epoch", FIVE, 4e-3,
                     1e-3, head_first=True),
+    "long": Variant("**the recipe**: Muon 2e-3, AdamW 1e-3 for the rest", ELEVEN, 2e-3, 1e-3,
+                    base="long"),
+    "long-adamw": Variant("AdamW 1e-3", ELEVEN, adamw_lr=1e-3, muon_side=0, base="long"),
+    "long-random": Variant("from random initialisation, with its recipe", ELEVEN, scratch=True,
+                           base="long"),
 }
 
 
@@ -292,7 +300,7 @@ class AlternatingFlips(helpers.ImageBatches):
 
 def make_variant(variant, images, seed, dtype, pretrained=False):
     """(model, optimiser) of a variant."""
-    model = network(seed, pretrained)
+    model = network(seed, pretrained and not variant.scratch)
     if variant.zero_init:  # the same draws, then zeros
         for module in model.modules():
             if isinstance(module, models.resnet.BasicBlock):

@@ -136,15 +136,6 @@ def test_a_data_folder_can_be_given_from_the_users_home(archive, tmp_path, monke
     assert load("~/cifar").source.startswith("official")
 
 
-def test_sixty_thousand_images_are_complete_and_one_jpeg_makes_them_lossy(tmp_path, monkeypatch):
-    (tmp_path / helpers.IMAGE_FOLDERS).mkdir()
-    samples = [(str(tmp_path / "a.png"), 0)] * 29_999 + [(str(tmp_path / "a.jpg"), 0)]
-    monkeypatch.setattr(datasets.folder, "make_dataset", lambda *args, **kwargs: samples)
-    monkeypatch.setattr(datasets.folder, "default_loader", lambda p: np.zeros((32, 32, 3), "u1"))
-    data = load(tmp_path)
-    assert "INCOMPLETE" not in data.note and "lossy" in data.note
-
-
 def test_other_and_hidden_files_and_folders_are_left_alone(tmp_path):
     write_image_tree(tmp_path, 1, 1)
     for name in ("cat/Thumbs.db", "cat/._00003.png", ".hidden/a.png", "cat/.hidden/a.png"):

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,19 @@ def test_weights_are_verified_by_torchvisions_hash_prefix_and_kept_or_there_is_o
     else:
         assert all(part in reason and "\n" not in reason for reason in reasons)
         assert saved(tiny_net.state_dict()) == before and not list(hub.rglob("*.*"))
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50"])
+@pytest.mark.parametrize("activation", helpers.ACTIVATIONS)
+def test_the_larger_networks_train_from_cached_weights(hub, loaders, name, activation):
+    model = helpers.build_model(name, seed=1)
+    path = hub / "checkpoints" / Path(models.get_model_weights(name).DEFAULT.url).name
+    path.parent.mkdir()
+    torch.save(model.state_dict(), path)
+    assert helpers.load_imagenet_weights(model, name) is None
+    helpers.replace_relu(model, helpers.ACTIVATIONS[activation], 7)
+    helpers.replace_head(model, 3, seed=1)
+    recipe = replace(helpers.RECIPES["pretrained"], epochs=2)
+    history = helpers.fit(model, recipe, *loaders, 32, torch.device("cpu"), torch.float32, seed=1)
+    losses = [epoch.train_loss for epoch in history.epochs]
+    assert history.stopped is None and losses[1] < losses[0]

@@ -257,7 +257,7 @@ def test_measuring_expects_all_steps_and_the_validation_and_changes_nothing(
     (8, 99, True, 8, True), (8, 16, True, 8, True), (8, 15.9, True, 7, True), (8, 8, True, 4, True),
     (8, 7.9, True, 7, False), (2, 4, True, 2, True), (2, 3.9, True, 2, False)])
 def test_the_time_is_for_the_pair_or_one(monkeypatch, clock, epochs, left, control, planned, pair):
-    recipe, seconds = replace(RECIPE, epochs=epochs), left / 0.9 + 1e-9  # 10% in reserve
+    recipe, seconds = replace(RECIPE, epochs=epochs), left / 0.85 + 1e-9  # 15% in reserve
     monkeypatch.setattr(helpers, "measure_epoch", lambda *args: 1.0)
     plan = helpers.plan_training(None, recipe, None, None, 64, CPU, "float32", seconds, control)
     assert (plan.recipe, plan.run_control) == (replace(recipe, epochs=planned), pair)
@@ -286,7 +286,7 @@ def test_auto_takes_bfloat16_where_it_trains_1_2_times_as_fast_and_the_rest_is_a
         helpers, "matmul_seconds", lambda dtype: slower if dtype == BFLOAT16 else 1)
     duration, calls = (11 if expected == FLOAT32 else 3 * large), []  # of 3 epochs
     monkeypatch.setattr(helpers, "measure_epoch", measure)
-    left = 100 * (len(measured) + (FLOAT32 in measured)) + duration / 0.9 + 0.01
+    left = 100 * (len(measured) + (FLOAT32 in measured)) + duration / 0.85 + 0.01
     recipe = replace(RECIPE, small_share=0.5)
     plan = helpers.plan_training(None, recipe, None, None, 64, CPU, precision, left)
     assert calls == [(d, size) for d in measured for size in ((32, 64) if d == FLOAT32 else (64,))]
@@ -296,12 +296,6 @@ def test_auto_takes_bfloat16_where_it_trains_1_2_times_as_fast_and_the_rest_is_a
     assert all(words in plan.notes[0] for words in (f": {str(expected)[6:]} ", repr(precision)))
     assert ("no bfloat16" in plan.notes[0]) == (not supported)
     assert ("are 99 times slower" in plan.notes[0]) == ((precision, slower) == ("auto", 99))
-
-
-def test_a_products_time_is_the_best_of_three(monkeypatch):
-    monkeypatch.setattr(helpers.timeit, "repeat", lambda work, number, repeat: (
-        [(work().shape, work().dtype, 5 - i) for i in range(repeat)]))
-    assert helpers.matmul_seconds(BFLOAT16) == ((512, 512), BFLOAT16, 3)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
