@@ -716,7 +716,7 @@ class Recipe:
 
 RECIPES = {
     "random": Recipe("from random initialisation", epochs=13, muon_lr=5e-3, adamw_lr=3e-3),
-    "pretrained": Recipe("fine-tuning", epochs=9, muon_lr=4e-3, adamw_lr=1e-3, small_share=0.34),
+    "pretrained": Recipe("fine-tuning", epochs=9, muon_lr=2e-3, adamw_lr=1e-3),
 }
 
 

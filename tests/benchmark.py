@@ -215,6 +215,7 @@ class Variant:
     whitened: bool = False
     average: bool = False
     alternate: bool = False
+    erase: bool = False
     base: str = "recipe"  # what it is compared with
 
 
@@ -241,7 +242,7 @@ FIVE, ELEVEN = (64,) * 5, (64,) * 11
 PRETRAINED_VARIANTS = {
     "recipe": Variant("Muon 4e-3, AdamW 1e-3 for the rest", FIVE, 4e-3, 1e-3),
     "muon-1": Variant("Muon 1e-3", FIVE, 1e-3, 1e-3),
-    "muon-2": Variant("Muon 2e-3", FIVE, 2e-3, 1e-3),
+    "muon-2": Variant("Muon 2e-3: **the recipe's rates**", FIVE, 2e-3, 1e-3),
     "adamw-0.3": Variant("AdamW 3e-4", FIVE, adamw_lr=3e-4, muon_side=0),
     "adamw-1": Variant("AdamW 1e-3", FIVE, adamw_lr=1e-3, muon_side=0),
     "adamw-3": Variant("AdamW 3e-3", FIVE, adamw_lr=3e-3, muon_side=0),
@@ -256,9 +257,10 @@ PRETRAINED_VARIANTS = {
                     body_lr=0.3),
     "head": Variant("Muon 4e-3, head and swapped blocks alone in the first epoch", FIVE, 4e-3,
                     1e-3, head_first=True),
-    "long": Variant("**the recipe**: Muon 2e-3, AdamW 1e-3 for the rest", ELEVEN, 2e-3, 1e-3,
-                    base="long"),
-    "long-adamw": Variant("AdamW 1e-3", ELEVEN, adamw_lr=1e-3, muon_side=0, base="long"),
+    "long": Variant("**the recipe's rates**, longer", ELEVEN, 2e-3, 1e-3, base="long"),
+    "long-adamw": Variant("AdamW 1e-3, longer", ELEVEN, adamw_lr=1e-3, muon_side=0, base="long"),
+    "long-erase": Variant("the same, with patches erased at random", ELEVEN, 2e-3, 1e-3,
+                          erase=True, base="long"),
     "long-random": Variant("from random initialisation, with its recipe", ELEVEN, scratch=True,
                            base="long"),
 }
@@ -298,6 +300,16 @@ class AlternatingFlips(helpers.ImageBatches):
         return images, targets
 
 
+class ErasedPatches(helpers.ImageBatches):
+    """In half of the images, a rectangle of 5 to 25% is painted in the mean colour."""
+
+    def set_image_size(self, image_size):
+        super().set_image_size(image_size)
+        colour = [round(255 * m) for m in helpers.MEAN]
+        erase = transforms.RandomErasing(0.5, scale=(0.05, 0.25), value=colour)
+        self.transform.transforms.insert(3, helpers.PerImage(erase))
+
+
 def make_variant(variant, images, seed, dtype, pretrained=False):
     """(model, optimiser) of a variant."""
     model = network(seed, pretrained and not variant.scratch)
@@ -331,6 +343,8 @@ def train_variant(variant, fitting, held_out, seed, dtype, pretrained=False):
     if variant.alternate:
         loader.dataset.__class__ = AlternatingFlips
         loader.dataset.prepare(seed)
+    if variant.erase:
+        loader.dataset.__class__ = ErasedPatches
     model, optimizer = make_variant(variant, fitting[0], seed, dtype, pretrained)
     helpers.seed_everything(seed, [loader.generator])
     criterion = nn.CrossEntropyLoss(label_smoothing=variant.smoothing)
