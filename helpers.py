@@ -1133,7 +1133,9 @@ def fit(
             model.load_state_dict(last_state)
         model.eval()
     seconds = time.perf_counter() - start
-    progress.update(f"Image size of each epoch: {[m.image_size for m in metrics]}", final=True)
+    sizes = [m.image_size for m in metrics]
+    counts = [f"at {size} px: {sizes.count(size)}" for size in dict.fromkeys(sizes)]
+    progress.update(f"Epochs {', '.join(counts)}", final=True)
     return History(tuple(metrics), seconds, stopped)
 
 
