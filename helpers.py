@@ -1059,8 +1059,8 @@ def plan_training(
     notes = [
         f"Precision: {str(dtype)[6:]} (PRECISION={precision!r}{reason}).",
         f"Seconds an epoch at {image_size} px: {measured}.",
-        f"Epochs: {epochs} of {recipe.epochs}, for "
-        f"{'each of two networks' if pair else 'one network'}, in {format_duration(left)}.",
+        f"Epochs: {epochs} of {recipe.epochs} for "
+        f"{'each of two networks' if pair else 'one network'}; time left: {format_duration(left)}.",
         f"Estimated training time: {format_duration(expected)} each."]
     if expected > left:
         notes.append("Even so few epochs may overrun the time budget.")
@@ -1222,7 +1222,7 @@ def plot_history(histories: Dict[str, History], title: str) -> plt.Figure:
     n = len(histories)
     figure, axes = plt.subplot_mosaic(
         [["loss", "accuracy"], ["loss", "difference"]][:n], height_ratios=[2, 1][:n],
-        figsize=(10, 3.4 + 0.8 * n))
+        figsize=(10, 3.4 + 0.8 * n), sharex=True)
     for (name, history), colour in zip(histories.items(), (BLUE, ORANGE)):
         for part, style in (("train", "--x"), ("val", "-o")):
             for quantity, scale in (("loss", 1), ("accuracy", 100)):

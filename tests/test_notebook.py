@@ -86,7 +86,7 @@ def check_outputs(notebook):
     for pattern in LINES:  # each after the one before
         assert any(re.fullmatch(pattern, line) for line in lines), f"no line {pattern}"
     assert max(map(len, printed(notebook).splitlines())) <= 100
-    assert len(shown(notebook, "image/png")) == 5
+    assert len(shown(notebook, "image/png")) == 4
     box, *_, bullets, checklist = shown(notebook, "text/markdown")
     assert box.startswith("**Test Acc: ") and "Difference: " in box and len(box.split("\n\n")) <= 8
     assert 2 <= len(bullets.splitlines()) <= 6 and len(checklist.splitlines()) == 7
@@ -233,7 +233,7 @@ def test_other_parameters_and_loaded_weights_run_through(runs):
             "Train counts: {0: 18, 1: 18} | Val counts: {0: 12, 1: 12}",
             "Train batch: images (16, 3, 40, 40)", "The swap alone: pooled features",
             "Recipe: fine-tuning", "No control: RUN_CONTROL is False.", "1. Slower: not tested",
-            "3. It is used, GELU: ", "Weights started from: ImageNet weights"):
+            "3. It is used, GELU → ReLU: ", "Weights started from: ImageNet weights"):
         assert line in text, line
     box, *_, bullets, _ = shown(runs("other"), "text/markdown")
     assert "resnet18 from ImageNet weights" in box and "RUN_CONTROL is False" in box
