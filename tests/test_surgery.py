@@ -235,5 +235,5 @@ def test_the_larger_networks_train_from_cached_weights(hub, loaders, name, activ
     helpers.replace_head(model, 3, seed=1)
     recipe = replace(helpers.RECIPES["pretrained"], epochs=2)
     history = helpers.fit(model, recipe, *loaders, 32, torch.device("cpu"), torch.float32, seed=1)
-    losses = [epoch.train_loss for epoch in history.epochs]
-    assert history.stopped is None and losses[1] < losses[0]
+    assert history.stopped is None and len(history.epochs) == 2
+    assert history.epochs[1].train_accuracy > 0.6  # a third of the images have each class
