@@ -136,13 +136,15 @@ def test_a_data_folder_can_be_given_from_the_users_home(archive, tmp_path, monke
     assert load("~/cifar").source.startswith("official")
 
 
-def test_other_and_hidden_files_and_folders_are_left_alone(tmp_path):
+def test_other_and_hidden_files_are_left_alone_and_one_jpeg_is_told(tmp_path):
     write_image_tree(tmp_path, 1, 1)
     for name in ("cat/Thumbs.db", "cat/._00003.png", ".hidden/a.png", "cat/.hidden/a.png"):
         path = tmp_path / helpers.IMAGE_FOLDERS / "train" / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"no image")
-    assert len(load(tmp_path).train_labels) == 10
+    assert len(load(tmp_path).train_labels) == 10 and "lossy" not in load(tmp_path).note
+    Image.new("RGB", (32, 32)).save(tmp_path / helpers.IMAGE_FOLDERS / "test/cat/a.jpg")
+    assert "lossy" in load(tmp_path).note
 
 
 BROKEN_FOLDERS = {
@@ -244,8 +246,7 @@ def test_a_server_that_delivers_in_time_is_used_whatever_it_says_of_the_length(
     assert "urllib" not in server.requests[0]  # some hosts turn Python's own name away
 
 
-def test_faulty_servers_give_way_to_the_next_and_the_archive_is_there_the_next_time(
-        server, tmp_path):
+def test_faulty_servers_give_way_and_the_archive_is_there_the_next_time(server, tmp_path):
     (tmp_path / ARCHIVE).write_bytes(b"damaged")
     faults = ["trickle", "stall", "wrong", "missing"]
     data = load(tmp_path, urls=[f"{server.url}/{path}" for path in [*faults, "good", "never"]])

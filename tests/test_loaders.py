@@ -34,8 +34,7 @@ def test_images_are_resized_by_named_steps_to_a_size_that_can_be_set_again(label
 @pytest.mark.parametrize("n, train, sizes", [
     (90, True, [40, 40]), (80, True, [40, 40]), (40, True, [40]), (10, True, [10]), (2, True, [2]),
     (1, False, [1]), (41, False, [40, 1]), (1, True, None), (0, True, None), (0, False, None)])
-def test_training_leaves_out_an_incomplete_last_batch_and_too_few_images_are_refused(
-        labelled_images, n, train, sizes):
+def test_an_incomplete_last_batch_and_too_few_images(labelled_images, n, train, sizes):
     images, labels = (part[:n] for part in labelled_images)
     refusal = pytest.raises(ValueError, match=f"^{n} images are too few")
     with nullcontext() if sizes else refusal:

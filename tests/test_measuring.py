@@ -37,8 +37,7 @@ def test_the_paired_interval_is_the_textbook_one_and_signed():
 
 @pytest.mark.parametrize("counts, difference, p_value", [
     ((5, 0, 0, 5), 0, 1), ((0, 6, 0, 0), 1, 2 / 2**6), ((0, 0, 6, 0), -1, 2 / 2**6)])
-def test_without_spread_the_interval_is_a_point_and_nothing_warns(
-        counts, difference, p_value, recwarn):
+def test_without_spread_the_interval_is_a_point(counts, difference, p_value, recwarn):
     result = helpers.compare_paired(*pair(*counts))
     assert (result.difference, result.low, result.high) == (difference,) * 3 and not recwarn
     assert result.p_value == pytest.approx(p_value)

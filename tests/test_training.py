@@ -298,6 +298,12 @@ def test_auto_takes_bfloat16_where_it_trains_1_2_times_as_fast_and_the_rest_is_a
     assert ("are 99 times slower" in plan.notes[0]) == ((precision, slower) == ("auto", 99))
 
 
+def test_a_products_time_is_the_best_of_three(monkeypatch):
+    monkeypatch.setattr(helpers.timeit, "repeat", lambda work, number, repeat: (
+        [(work().shape, work().dtype, 5 - i) for i in range(repeat)]))
+    assert helpers.matmul_seconds(BFLOAT16) == ((512, 512), BFLOAT16, 3)
+
+
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
 def test_a_training_follows_its_recipe_in_its_precision(tiny_net, loaders, monkeypatch, dtype):
     def hook(model, args, output):
