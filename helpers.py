@@ -116,7 +116,7 @@ def seed_everything(seed: int, generators: Sequence[torch.Generator] = ()) -> No
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    # Deterministic mode would also fill each new tensor with NaN: slow, and nothing reads it here.
+    # Deterministic mode would also fill uninitialised memory with NaN: slow, and nothing reads it.
     if hasattr(torch.utils, "deterministic"):
         torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -148,7 +148,7 @@ def format_duration(seconds: float) -> str:
 
 
 class LiveLine:
-    """A line of progress that a notebook overwrites and saves as it was last; silent in scripts."""
+    """A line of progress that a notebook overwrites, saving the last one; silent in scripts."""
 
     handle, last_update, seconds_between_updates = None, -math.inf, 1.0
 
@@ -170,7 +170,7 @@ class LiveLine:
 
 STALL_TIMEOUT = 20.0  # seconds without a byte after which a server is given up
 DOWNLOAD_LIMIT = 600.0  # seconds that one download may take
-PATIENCE = 20.0  # seconds after which one that is expected to exceed that limit is given up
+PATIENCE = 20.0  # seconds after which a download expected to exceed that limit is given up
 
 
 class SourceUnavailable(RuntimeError):
@@ -694,8 +694,8 @@ class Recipe:
     """How to train, chosen by the weights that were really loaded.
 
     ``muon_lr`` and ``adamw_lr`` are peaks of the learning rates (see :func:`one_cycle`). The first
-    ``small_share`` of the epochs sees images of half the size, in float32, where they take a third
-    of the time; in bfloat16 none does. Muon is for weights with a side of at most ``muon_side``.
+    ``small_share`` of the epochs sees images of half the size in float32, which takes a third of
+    the time. Muon takes convolutions that, as matrices, have a side of at most ``muon_side``.
     """
 
     name: str
@@ -779,7 +779,7 @@ def has_bfloat16(device: torch.device) -> bool:
 def memory_format(device: torch.device) -> torch.memory_format:
     """Channels-last, in which convolutions run fastest, except on MPS.
 
-    There BatchNorm then gives wrong gradients (https://github.com/pytorch/pytorch/issues/175189).
+    On MPS it gives BatchNorm wrong gradients (https://github.com/pytorch/pytorch/issues/175189).
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
@@ -819,7 +819,7 @@ class _SmallMapConv2d(nn.Conv2d):
 
 @contextlib.contextmanager
 def small_maps_as_matmul(model: nn.Module, device: torch.device, dtype: torch.dtype):
-    """Within it, convolutions on very small maps run as matrix products, where that is faster.
+    """Within it, convolutions on very small maps run as matrix products, on CPUs where it pays.
 
     A ResNet's deepest convolutions see maps of 1x1 to 3x3 pixels when images are small, where the
     CPU's bfloat16 and AVX2 kernels are slow. Same modules, same result up to rounding.
@@ -841,8 +841,8 @@ def small_maps_as_matmul(model: nn.Module, device: torch.device, dtype: torch.dt
 class MuonAdamW(torch.optim.AdamW):
     """Muon for the parameter groups with ``muon=True``, AdamW for the others, as one optimiser.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the momentum of a
-    weight matrix semi-orthogonal and steps along that, here by as much as AdamW would (Liu et al.
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) brings the momentum of a
+    weight matrix near orthogonal and steps along that, here by as much as AdamW would (Liu et al.
     2025, https://arxiv.org/abs/2502.16982); a convolution's weight counts as a matrix of output
     channels by the rest. torch.optim.Muon (2.9+) takes two-dimensional parameters only.
     """
@@ -1060,7 +1060,7 @@ def plan_training(
         f"Precision: {str(dtype)[6:]} (PRECISION={precision!r}{reason}).",
         f"Seconds an epoch at {image_size} px: {measured}.",
         f"Epochs: {epochs} of {recipe.epochs} for "
-        f"{'each of two networks' if pair else 'one network'}; time left: {format_duration(left)}.",
+        f"{'each of two networks' if pair else 'one network'}, within {format_duration(left)}.",
         f"Estimated training time: {format_duration(expected)} each."]
     if expected > left:
         notes.append("Even so few epochs may overrun the time budget.")
@@ -1161,8 +1161,8 @@ class PairedComparison:
 def compare_paired(correct_a: np.ndarray, correct_b: np.ndarray) -> PairedComparison:
     """Compare two classifiers by which of the same images each gets right: bool arrays (N,).
 
-    The exact McNemar test is a two-sided binomial one: of the images only one gets right, each
-    is as likely to be a's as b's (McNemar 1947). Raises ValueError unless both arrays have the
+    The exact McNemar test (McNemar 1947), a two-sided binomial one, asks whether an image that
+    only one gets right is as likely to be a's as b's. Raises ValueError unless both arrays have the
     same length, 2 or more.
     """
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)

@@ -158,33 +158,52 @@ def study(train, test, recipe, args, dtype):
                 if file.tell() == 0:
                     writer.writeheader()
                 writer.writerow(rows[-1])
-    print("\n".join(study_table(rows)))
+    print("\n".join([*study_table(rows), *study_conclusion(rows)]))
+
+
+def study_arms(rows):
+    """{(weights, activation, first): (test accuracies, differences to ReLU in points, interval)}.
+
+    Differences are between trainings from the same initial weights on the same batches. Their 95%
+    interval is Student's over seeds: it covers the chance of training, not that of the images.
+    """
+    accuracies = defaultdict(dict)  # arm -> seed -> accuracy
+    for row in rows:
+        arm = row["weights"], row["activation"], row["first"]
+        accuracies[arm][row["seed"]] = int(row["right"]) / int(row["test_images"])
+    arms = {}
+    for (weights, activation, first), accuracy in accuracies.items():
+        control = {} if activation == "ReLU" else accuracies.get((weights, "ReLU", ""), {})
+        paired = [100 * (accuracy[seed] - control[seed]) for seed in accuracy if seed in control]
+        interval = (stats.ttest_1samp(paired, 0).confidence_interval(0.95)
+                    if len(paired) > 1 else None)
+        arms[weights, activation, first] = list(accuracy.values()), paired, interval
+    return arms
 
 
 def study_table(rows):
-    """Lines of a Markdown table: the test accuracy of each arm, and its difference to ReLU's.
-
-    Differences are between trainings from the same initial weights on the same batches. Their
-    interval is Student's over seeds: it covers the chance of training, not that of the images.
-    """
-    arms = defaultdict(dict)  # (weights, activation, first) -> seed -> accuracy
-    for row in rows:
-        key = row["weights"], row["activation"], row["first"]
-        arms[key][row["seed"]] = int(row["right"]) / int(row["test_images"])
+    """Lines of a Markdown table: each arm's test accuracy and its difference to ReLU's."""
     lines = ["| weights | activation | from the nth ReLU | seeds | test accuracy | "
              "difference to ReLU, points (95% t interval) |", "| --- " * 6 + "|"]
-    for (weights, activation, first), accuracy in arms.items():
-        control = arms.get((weights, "ReLU", ""), {})
-        paired = [100 * (accuracy[seed] - control[seed]) for seed in accuracy if seed in control]
-        text = ""
-        if activation != "ReLU" and paired:
-            text = f"{np.mean(paired):+.2f}"
-            if len(paired) > 1:
-                low, high = stats.ttest_1samp(paired, 0).confidence_interval(0.95)
-                text += f" ({low:+.2f} to {high:+.2f})"
-        lines.append(f"| {weights} | {activation} | {first} | {len(accuracy)} | "
-                     f"{np.mean(list(accuracy.values())):.2%} | {text} |")
+    for arm, (accuracy, paired, interval) in study_arms(rows).items():
+        text = f"{np.mean(paired):+.2f}" if paired else ""
+        text += " ({:+.2f} to {:+.2f})".format(*interval) if interval else ""
+        lines.append(f"| {' | '.join(arm)} | {len(accuracy)} | {np.mean(accuracy):.2%} | {text} |")
     return lines
+
+
+def study_conclusion(rows):
+    """A line for each kind of initial weights: where the interval lies, arm by arm."""
+    said = defaultdict(lambda: defaultdict(list))
+    for (weights, activation, first), (_, paired, interval) in study_arms(rows).items():
+        if interval:
+            low, high = interval
+            verdict = ("better than ReLU" if low > 0 else "worse than ReLU" if high < 0
+                       else "not told apart from ReLU")
+            said[weights][verdict].append(f"{activation} ({first})")
+    return [f"From {weights} weights: " + "; ".join(
+        f"{', '.join(names)} {verdict}" for verdict, names in verdicts.items()) + "."
+        for weights, verdicts in said.items()]
 
 
 # ==== Ablation ===================================================================================

@@ -1,6 +1,7 @@
 """The study's table, on made-up trainings and as the README shows it."""
 
 import csv
+import json
 
 import numpy as np
 
@@ -20,9 +21,30 @@ def test_the_studys_table_is_each_arms_mean_and_students_interval_of_the_paired_
         "| random | ReLU |  | 3 | 88.00% |  |",
         f"| random | SiLU | 7 | 3 | 88.89% | +0.89 ({low:+.2f} to {high:+.2f}) |",
         "| random | GELU | 7 | 1 | 90.00% | +2.00 |"]
+    assert benchmark.study_conclusion(rows) == [
+        "From random weights: SiLU (7) not told apart from ReLU."]
+    for change, verdict in ((50, "better"), (-150, "worse")):
+        for row in rows[3:6]:
+            row["right"] = str(int(row["right"]) + change)
+        assert benchmark.study_conclusion(rows) == [
+            f"From random weights: SiLU (7) {verdict} than ReLU."]
 
 
-def test_the_readme_shows_the_committed_studys_table():
+def committed_study():
     with (ROOT / "tests" / "study.csv").open(newline="") as file:
-        table = benchmark.study_table(list(csv.DictReader(file)))
-    assert "\n".join(table) in (ROOT / "README.md").read_text(encoding="utf-8")
+        return list(csv.DictReader(file))
+
+
+def test_the_readme_shows_the_committed_studys_table_and_conclusion():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(benchmark.study_table(committed_study())) in readme
+    for sentence in benchmark.study_conclusion(committed_study()):
+        assert sentence in readme
+
+
+def test_the_committed_notebook_says_what_the_committed_study_does():
+    _, paired, (low, high) = benchmark.study_arms(committed_study())["random", "SiLU", "7"]
+    said = (f"over {len(paired)} seeds, in separate runs: {np.mean(paired):+.2f} points "
+            f"(95% t interval {low:+.2f} to {high:+.2f})")
+    box = json.loads((ROOT / "ML_Assessment_Candidate.ipynb").read_text(encoding="utf-8"))
+    assert said in "".join(box["cells"][1]["outputs"][0]["data"]["text/markdown"])
