@@ -195,7 +195,7 @@ def study_table(rows):
 def study_conclusion(rows):
     """A line for each kind of initial weights: where the interval lies, arm by arm."""
     said = defaultdict(lambda: defaultdict(list))
-    for (weights, activation, first), (_, paired, interval) in study_arms(rows).items():
+    for (weights, activation, first), (*_, interval) in study_arms(rows).items():
         if interval:
             low, high = interval
             verdict = ("better than ReLU" if low > 0 else "worse than ReLU" if high < 0

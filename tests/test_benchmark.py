@@ -46,5 +46,5 @@ def test_the_committed_notebook_says_what_the_committed_study_does():
     _, paired, (low, high) = benchmark.study_arms(committed_study())["random", "SiLU", "7"]
     said = (f"over {len(paired)} seeds, in separate runs: {np.mean(paired):+.2f} points "
             f"(95% t interval {low:+.2f} to {high:+.2f})")
-    box = json.loads((ROOT / "ML_Assessment_Candidate.ipynb").read_text(encoding="utf-8"))
-    assert said in "".join(box["cells"][1]["outputs"][0]["data"]["text/markdown"])
+    notebook = json.loads((ROOT / "ML_Assessment_Candidate.ipynb").read_text(encoding="utf-8"))
+    assert said in "".join(notebook["cells"][1]["outputs"][0]["data"]["text/markdown"])
