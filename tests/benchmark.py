@@ -158,7 +158,20 @@ def study(train, test, recipe, args, dtype):
                 if file.tell() == 0:
                     writer.writeheader()
                 writer.writerow(rows[-1])
-    print("\n".join([*study_table(rows), *study_conclusion(rows)]))
+    for part in study_parts(rows):
+        print("\n".join([*study_table(part), *study_conclusion(part), ""]))
+
+
+def study_parts(rows):
+    """The rows replaced from the 7th ReLU on, and, on the same seeds, those of other depths."""
+    def key(row):
+        return row["weights"], row["activation"], row["seed"]
+
+    deep = {key(row) for row in rows if row["first"] not in ("", "7")}
+    deep |= {(weights, "ReLU", seed) for weights, _, seed in deep}
+    parts = ([row for row in rows if row["first"] in ("", "7")],
+             [row for row in rows if key(row) in deep])
+    return [part for part in parts if part]
 
 
 def study_arms(rows):

@@ -28,6 +28,9 @@ def test_the_studys_table_is_each_arms_mean_and_students_interval_of_the_paired_
             row["right"] = str(int(row["right"]) + change)
         assert benchmark.study_conclusion(rows) == [
             f"From random weights: SiLU (7) {verdict} than ReLU."]
+    assert benchmark.study_parts(rows) == [rows]
+    deeper = {**rows[4], "first": "1"}  # SiLU, of seed 1
+    assert benchmark.study_parts([*rows, deeper]) == [rows, [rows[1], rows[4], deeper]]
 
 
 def committed_study():
@@ -37,9 +40,10 @@ def committed_study():
 
 def test_the_readme_shows_the_committed_studys_table_and_conclusion():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(benchmark.study_table(committed_study())) in readme
-    for sentence in benchmark.study_conclusion(committed_study()):
-        assert sentence in readme
+    for part in benchmark.study_parts(committed_study()):
+        assert "\n".join(benchmark.study_table(part)) in readme
+        for sentence in benchmark.study_conclusion(part):
+            assert sentence in readme
 
 
 def test_the_committed_notebook_says_what_the_committed_study_does():
