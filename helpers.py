@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -208,7 +207,7 @@ def download(url: str, path: Path, algorithm: str, digest: str) -> None:
     ``digest`` is how the hexadecimal hash by ``algorithm`` (one of hashlib's) has to begin. Unlike
     torchvision's and torch.hub's, this download gives up a server that is silent or too slow.
     Raises SourceUnavailable then, or if the file is not delivered whole, and SourceBroken if it
-    cannot be written; nothing is left behind.
+    cannot be written; nothing is left behind, unless the process is killed.
     """
     host = url
     try:
@@ -288,7 +287,7 @@ def load_imagenet_weights(model: nn.Module, name: str) -> Optional[str]:
     url = models.get_model_weights(name).DEFAULT.url
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):
             download(url, path, "sha256", path.stem.rsplit("-", 1)[1])
     except SourceUnavailable as error:
         return f"no ImageNet weights: {error}."
@@ -298,8 +297,8 @@ def load_imagenet_weights(model: nn.Module, name: str) -> Optional[str]:
         copy.deepcopy(model).load_state_dict(state_dict)  # a failed load leaves some weights set
         model.load_state_dict(state_dict)
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, keys, shapes
-        return (f"the cached weights file {path.name} is damaged ({type(error).__name__}): delete "
-                "it from torch hub's checkpoints folder, and it is downloaded again.")
+        return (f"the cached weights file {path.name} does not load ({type(error).__name__}): if "
+                "it is damaged, delete it from torch hub's checkpoints folder.")
     return None
 
 
@@ -329,7 +328,8 @@ def replace_relu(
     An occurrence is a position in the module tree (see :func:`find_modules`): a shared nn.ReLU
     counts at each of its places, and each place gets its own new module. ``first_replaced`` is
     1-based. ``make_activation`` makes one new module a call, e.g. ``nn.SiLU``, always of the same
-    class, and without an nn.ReLU in it. Hooks on a replaced module go with it.
+    class, and without an nn.ReLU in it. Hooks on a replaced module go with it. The fused inference
+    path of nn.TransformerEncoderLayer goes on with ReLU: set its ``activation_relu_or_gelu`` to 0.
 
     Raises ValueError, with the model unchanged, if there is no such occurrence, a container that
     is registered twice holds a ReLU to be both kept and replaced, or ``make_activation`` makes
@@ -440,8 +440,8 @@ def load_cifar10(
     """CIFAR-10 from the first source that works.
 
     In this order: official batches or archive in ``data_dir``, image folders there, a download
-    into it from each of ``urls``, and, if ``allow_stand_in``, :func:`make_stand_in`, which never
-    replaces damaged files. Raises RuntimeError with every source and why it failed.
+    into it from each of ``urls``, and, if ``allow_stand_in``, :func:`make_stand_in`, but not where
+    files are damaged or not accessible. Raises RuntimeError with every source and why it failed.
     """
     data_dir, skipped, broken = Path(data_dir).expanduser(), [], False
 
@@ -482,12 +482,12 @@ def load_official(data_dir: Path) -> Cifar10:
             raise SourceUnavailable(f"no official CIFAR-10 batches or archive in '{data_dir}'")
         if not check_integrity(str(archive), ARCHIVE_MD5):
             raise SourceBroken(f"{ARCHIVE_NAME} in '{data_dir}' is damaged (MD5): delete it")
-        # Unpacked beside its place and moved there when complete.
+        # Unpacked beside its place, then moved there file by file: the user's other files stay.
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as folder:
             extract_archive(str(archive), folder)
-            if batches.exists():
-                shutil.rmtree(batches)  # damaged: good ones were read above
-            os.replace(Path(folder) / batches.name, batches)
+            batches.mkdir(exist_ok=True)
+            for file in (Path(folder) / batches.name).iterdir():
+                os.replace(file, batches / file.name)
         return _read_batches(data_dir)
 
 
@@ -533,7 +533,8 @@ def load_image_folders(data_dir: Path) -> Cifar10:
         except OSError as error:  # also where a class has no image
             raise SourceBroken(f"{IMAGE_FOLDERS}/{split}: {describe_error(error)}") from error
         suffixes |= {Path(path).suffix.lower() for path, _ in samples}
-        arrays += [np.stack([read(path) for path, _ in samples]), np.array([i for _, i in samples])]
+        arrays.append(np.stack([read(path) for path, _ in samples]))
+        arrays.append(np.array([i for _, i in samples], dtype=np.int64))
         progress.update(f"Read {IMAGE_FOLDERS}/{split}: {len(samples):,} images", final=True)
     n_images = len(arrays[1]) + len(arrays[3])
     lossy = "JPEG is lossy: expect slightly lower accuracies than on the official pixels."
@@ -694,7 +695,7 @@ class Recipe:
     """How to train, chosen by the weights that were really loaded.
 
     ``muon_lr`` and ``adamw_lr`` are peaks of the learning rates (see :func:`one_cycle`). The first
-    ``small_share`` of the epochs sees images of half the size in float32, which takes a third of
+    ``small_share``, below 1, of the epochs sees images of half the size in float32, in a third of
     the time. Muon takes convolutions that, as matrices, have a side of at most ``muon_side``.
     """
 
@@ -807,7 +808,7 @@ class _SmallMapConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (kh, kw), (sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding
         h, w = (x.shape[-2] + 2 * ph - kh) // sh + 1, (x.shape[-1] + 2 * pw - kw) // sw + 1
-        if x.dim() != 4 or h * w > 9:
+        if x.dim() != 4 or min(h, w) < 1 or h * w > 9:
             return super().forward(x)
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
         shifted = [padded[:, i:i + sh * h:sh, j:j + sw * w:sw]
@@ -1082,7 +1083,7 @@ def fit(
 
     Returns a History, ``stopped`` if the training was interrupted or ran out of time. Raises
     NonFiniteLoss if a loss is not finite: names epoch, step and learning rate; KeyboardInterrupt
-    if it is interrupted before the first epoch is complete.
+    if it is interrupted before the first epoch is complete. Without one the weights are as before.
     """
     seed_everything(seed, [train_loader.generator])
     model.to(device, memory_format=memory_format(device))
@@ -1090,8 +1091,8 @@ def fit(
     optimizer, n_steps = make_optimizer(model, recipe, dtype), len(train_loader)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: one_cycle(step, recipe.epochs * n_steps, recipe.warmup_share))
-    both = train_loader.dataset, val_loader.dataset
-    progress, metrics, last_state, stopped = LiveLine(), [], None, None
+    both, progress = (train_loader.dataset, val_loader.dataset), LiveLine()
+    metrics, last_state, stopped = [], copy.deepcopy(model.state_dict()), None
     start = epoch_start = time.perf_counter()
     try:
         for epoch, size in enumerate(recipe.image_sizes(image_size, dtype), start=1):
@@ -1123,14 +1124,13 @@ def fit(
     except NonFiniteLoss as error:
         raise NonFiniteLoss(f"{error}, epoch {epoch}: lower RECIPES' learning rates.") from None
     except KeyboardInterrupt:
-        if last_state is None:
+        if not metrics:
             raise KeyboardInterrupt("interrupted in the first epoch: run the cell again") from None
         stopped = f"interrupted in epoch {epoch} of {recipe.epochs}"
     finally:
         for dataset in both:
             dataset.set_image_size(image_size)
-        if last_state is not None:
-            model.load_state_dict(last_state)
+        model.load_state_dict(last_state)
         model.eval()
     seconds = time.perf_counter() - start
     sizes = [m.image_size for m in metrics]

@@ -85,12 +85,11 @@ def test_numpy_warnings_on_unpacked_batches_are_silent(archive, tmp_path, monkey
 def test_damaged_official_files_are_named_and_neither_unpickled_nor_replaced_by_the_stand_in(
         archive, tmp_path, name, damage):
     shutil.copytree(archive.parent / BATCHES, tmp_path / BATCHES)
-    batch = tmp_path / BATCHES / name
-    good = batch.read_bytes()
+    batch, good = tmp_path / BATCHES / name, (archive.parent / BATCHES / name).read_bytes()
     evil = f"cbuiltins\nopen\n(V{tmp_path / 'ran'}\nVw\ntR."  # would make a file
     batch.write_bytes(good[:-9] if damage == "cut" else evil.encode())
     if damage == "removed":
-        batch.unlink()
+        batch.rename(batch.with_name("mine"))
     for what in (BATCHES, ARCHIVE):
         with pytest.raises(RuntimeError, match=rf"(?s){what} in .* damaged .*delete it.*\nRepair"):
             load(tmp_path)
@@ -98,6 +97,7 @@ def test_damaged_official_files_are_named_and_neither_unpickled_nor_replaced_by_
     shutil.copy(archive, tmp_path)
     assert len(load(tmp_path).train_labels) == 100 and batch.read_bytes() == good
     assert set(os.listdir(tmp_path)) == {BATCHES, ARCHIVE}
+    assert batch.with_name("mine").exists() == (damage == "removed")  # is left alone
 
 
 @pytest.mark.parametrize("load_from, owner, name, message", [
