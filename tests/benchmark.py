@@ -9,7 +9,7 @@
 ``--quick`` makes any of them short, on fewer images. Test images are read once per finished
 training and choose nothing; the ablation uses the training images alone. The study appends each
 finished training to its file and goes on where it stopped: on several machines, give each its own
-seeds and put the rows together.
+seeds and the same ``--precision``, and put the rows together.
 """
 
 import argparse
@@ -133,12 +133,12 @@ def study(train, test, recipe, args, dtype):
         "recipe": f"{recipe}, {args.image_size} px, batch {args.batch_size}",
         "test_images": str(len(test[1]))}
     rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    done = {(row["weights"], row["activation"], row["first"], row["seed"]) for row in rows}
     for row in (row for row in rows if row["weights"] == common["weights"]):
-        for name in ("recipe", "test_images"):
-            if row[name] != common[name]:
-                raise SystemExit(f"{path} has {name} {row[name]}, not {common[name]}: "
-                                 "give another file.")
+        for name, value in (*common.items(), ("precision", str(dtype)[6:])):
+            if row[name] != value:
+                raise SystemExit(
+                    f"{path} has {name} {row[name]}, not {value}: give another file or --precision.")
+    done = {(row["weights"], row["activation"], row["first"], row["seed"]) for row in rows}
     for seed in args.seeds:
         for activation in args.activations:
             first = "" if activation == "ReLU" else str(args.first)

@@ -2,8 +2,11 @@
 
 import csv
 import json
+from argparse import Namespace
 
 import numpy as np
+import pytest
+import torch
 
 import benchmark
 from conftest import ROOT
@@ -33,6 +36,14 @@ def test_the_studys_table_is_each_arms_mean_and_students_interval_of_the_paired_
     assert benchmark.study_parts([*rows, deeper]) == [rows, [rows[1], rows[4], deeper]]
 
 
+def test_a_study_of_another_precision_is_refused_before_it_trains(tmp_path):
+    (tmp_path / "study.csv").write_text(
+        'weights,recipe,test_images,precision\nrandom,"r, 64 px, batch 128",2,float32\n')
+    args = Namespace(study=tmp_path / "study.csv", pretrained=False, image_size=64, batch_size=128)
+    with pytest.raises(SystemExit, match="has precision float32, not bfloat16: give another"):
+        benchmark.study(None, ([], [0, 1]), "r", args, torch.bfloat16)
+
+
 def committed_study():
     with (ROOT / "tests" / "study.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -40,6 +51,7 @@ def committed_study():
 
 def test_the_readme_shows_the_committed_studys_table_and_conclusion():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {row["precision"] for row in committed_study()} == {"bfloat16"}  # as the README says
     for part in benchmark.study_parts(committed_study()):
         assert "\n".join(benchmark.study_table(part)) in readme
         for sentence in benchmark.study_conclusion(part):
