@@ -52,6 +52,13 @@ def committed_study():
 def test_the_readme_shows_the_committed_studys_table_and_conclusion():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {row["precision"] for row in committed_study()} == {"bfloat16"}  # as the README says
+    hours = sum(int(row["seconds"]) for row in committed_study()) / 3600
+    assert f"\n{hours:.1f} hours of training in bfloat16" in readme
+    where = {(row["weights"], row["activation"], row["first"], row["seed"]):
+             row["processor"].split(";")[0] for row in committed_study()}
+    apart = [where[weights, "ReLU", "", seed] != processor
+             for (weights, name, _, seed), processor in where.items() if name != "ReLU"]
+    assert f"; {sum(apart)} of the {len(apart)} differences are between" in readme
     for part in benchmark.study_parts(committed_study()):
         assert "\n".join(benchmark.study_table(part)) in readme
         for sentence in benchmark.study_conclusion(part):
