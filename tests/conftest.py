@@ -59,8 +59,10 @@ def labelled_images():
 def loaders(labelled_images):
     images, labels = labelled_images
     return (
-        helpers.make_loader(images[:72], labels[:72], True, 32, 24, seed=7),
-        helpers.make_loader(images[72:], labels[72:], False, 32, 24, seed=7))
+        helpers.make_loader(
+            images[:72], labels[:72], train=True, image_size=32, batch_size=24, seed=7),
+        helpers.make_loader(
+            images[72:], labels[72:], train=False, image_size=32, batch_size=24, seed=7))
 
 
 def write_image_tree(data_dir, n_train=24, n_test=8, suffix=".png"):

@@ -4,10 +4,10 @@ import hashlib
 import os
 import random
 import re
-import sys
 import types
 from pathlib import Path
 
+import IPython
 import IPython.display
 import numpy as np
 import pytest
@@ -17,20 +17,21 @@ import helpers
 from conftest import DEFAULTS
 
 ALLOWED = {
-    "SEED": [0, 2**32 - 1], "MODEL_NAME": list(helpers.MODELS), "PRETRAINED": [True, False],
+    "SEED": [0, np.int64(7), 2**32 - 1], "MODEL_NAME": list(helpers.MODELS), "PRETRAINED": [True, False],
     "ALT_ACTIVATION": list(helpers.ACTIVATIONS), "FIRST_REPLACED": [1, 9],
-    "CLASS_NAMES": [["cat", "dog"], ("ship", "truck", "frog")], "VAL_FRACTION": [0.01, 0.5],
-    "IMAGE_SIZE": [32, 256], "BATCH_SIZE": [2, 1024], "DATA_DIR": ["elsewhere", Path("a") / "b"],
-    "ALLOW_STAND_IN": [True, False], "PRECISION": ["auto", "float32", "bfloat16"],
-    "RUN_CONTROL": [True, False], "TIME_BUDGET_MINUTES": [0.5, 1440], "EPOCHS": [None, 1, 1000]}
+    "CLASS_NAMES": [["cat", "dog"], ("ship", "truck", "frog")], "VAL_FRACTION": [0.01, np.float32(0.1), 0.5],
+    "IMAGE_SIZE": [None, 32, np.int64(256)], "BATCH_SIZE": [2, 1024], "DATA_DIR": ["elsewhere", Path("a") / "b"],
+    "ALLOW_STAND_IN": [True, False], "PRECISION": ["float32", "bfloat16"],
+    "RUN_CONTROL": [np.bool_(True), False],
+    "TIME_BUDGET_MINUTES": [0.5, np.float32(20), 1440], "EPOCHS": [None, 1, 1000]}
 REFUSED = {
     "SEED": ["1337", 1.0, True, None, -1, 2**32], "MODEL_NAME": ["resnet101", None, ["resnet18"]],
     "PRETRAINED": [1, "yes", None], "ALT_ACTIVATION": ["ReLU", "silu", None, ["SiLU"]],
     "FIRST_REPLACED": [0, 10, 7.0, True, "7"], "EPOCHS": [0, 1001, 2.0, "5", True],
     "CLASS_NAMES": [["cat"], ["cat", "dog", "ship", "frog"], ["cat", "cat"], ["cat", "fox"],
                     {"cat", "dog"}],
-    "VAL_FRACTION": [0, 0.009, 0.51, "0.1", True, None, float("nan")], "PRECISION": ["float16"],
-    "IMAGE_SIZE": [31, 257, 64.0, "64", None], "BATCH_SIZE": [1, 1025, 0, 64.0, None],
+    "VAL_FRACTION": [0, 0.009, 0.51, "0.1", True, None, float("nan")], "PRECISION": ["auto", "float16"],
+    "IMAGE_SIZE": [31, 257, 64.0, "64", True], "BATCH_SIZE": [1, 1025, 0, 64.0, None],
     "DATA_DIR": ["", "  ", None, 3], "ALLOW_STAND_IN": [0, None, "no"], "RUN_CONTROL": [1, None],
     "TIME_BUDGET_MINUTES": [0, -1, 1441, "20", None, True, float("nan"), float("inf")]}
 
@@ -57,7 +58,7 @@ def test_the_default_parameters_pass_and_a_missing_one_is_named():
 def test_first_replaced_goes_as_far_as_the_chosen_model_has_relus(model_name, n_relu):
     values = {**DEFAULTS, "MODEL_NAME": model_name, "FIRST_REPLACED": n_relu}
     helpers.check_parameters(values)
-    with pytest.raises(ValueError, match=f"from 1 to {n_relu}, the"):
+    with pytest.raises(ValueError, match=f"from 1 to {n_relu}[.]"):
         helpers.check_parameters({**values, "FIRST_REPLACED": n_relu + 1})
 
 
@@ -113,8 +114,8 @@ def test_a_live_line_updates_one_display_in_notebooks(monkeypatch, pause, in_not
     shown, line = [], helpers.LiveLine()
     line.seconds_between_updates = pause
     handle = types.SimpleNamespace(update=lambda data, raw: shown.append(data["text/plain"]))
-    monkeypatch.setitem(sys.modules, "ipykernel", types)
-    in_notebook or monkeypatch.delitem(sys.modules, "ipykernel")
+    shell = types.SimpleNamespace(kernel=None) if in_notebook else types.SimpleNamespace()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
     monkeypatch.setattr(IPython.display, "display", lambda data, raw, display_id: shown.append(
         "new " + data["text/plain"]) or handle)
     line.update("1"), line.update("2"), line.update("last", final=True)

@@ -1,8 +1,10 @@
 """Model surgery: traversal, replacement, head, weights."""
 
+import copy
 import hashlib
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from torchvision import models
 
 import helpers
 from conftest import TinyNet
-from test_cifar10 import disk_fails, serving
+from test_cifar10 import serving
 
 
 def names_of(model, kind=nn.ReLU):
@@ -29,12 +31,14 @@ def test_a_resnet_keeps_its_first_six_relus_and_loses_the_others(name, activatio
     with torch.device("meta"):
         model = models.get_model(name, weights=None)
     before, total = helpers.find_modules(model, nn.ReLU), helpers.MODELS[name]
+    all_names = tuple(place for place, _ in before)
     report = helpers.replace_relu(model, helpers.ACTIVATIONS[activation], 7)
     assert helpers.find_modules(model, nn.ReLU) == before[:6]  # the same objects
     names, new = zip(*helpers.find_modules(model, getattr(nn, activation)))
     assert names == tuple(place for place, _ in before[6:]) and len(set(new)) == total - 6
     indices = tuple(range(7, total + 1))
-    assert report == helpers.SurgeryReport(total, indices, names, activation, 6, total - 6)
+    assert report == helpers.SurgeryReport(
+        all_names, total, indices, names, activation, 6, total - 6)
     assert activation != "LeakyReLU" or {m.negative_slope for m in new} == {0.01}
 
 
@@ -116,24 +120,59 @@ def test_a_factory_of_something_else_is_refused(make_activation, error, message)
 
 
 @pytest.mark.parametrize("replace_modules, counts", [
-    (lambda model, names, new: model.first.extend(new), "5 nn.ReLU remain and 2 new"),
-    (lambda model, names, new: setattr(model, "first", nn.SiLU()), "3 nn.ReLU .* 0 new")])
+    (lambda model, names, make: [make() for _ in names], "5 nn.ReLU remain and 0 new"),
+    (lambda model, names, make: setattr(model, "first", nn.SiLU()) or [make()], "3 .* 0 new")])
 def test_a_recount_that_does_not_come_out_is_an_error(monkeypatch, replace_modules, counts):
     monkeypatch.setattr(helpers, "replace_modules", replace_modules)
-    with pytest.raises(RuntimeError, match=f"{counts}.* instead of 3 and 2"):
+    with pytest.raises(RuntimeError, match=f"{counts}.* instead of 3 and"):
         helpers.replace_relu(Nested(), nn.SiLU, 4)
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float64), ("meta", torch.float32)])
+def test_a_new_activation_with_parameters_has_the_models_device_and_dtype(device, dtype):
+    model = TinyNet(3).to(device, dtype)
+    helpers.replace_relu(model, nn.PReLU, 2)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {(device, dtype)}
+    assert model(torch.zeros(2, 3, 32, 32, dtype=dtype, device=device)).shape == (2, 3)
+
+
+def test_odd_trees_are_handled_or_refused_in_one_sentence():
+    dotted = nn.Sequential(nn.ReLU())
+    setattr(dotted, "a.b", nn.ReLU())
+    assert helpers.replace_relu(dotted, nn.SiLU, 2).inserted == 1
+    assert [type(m) for m in dotted.children()] == [nn.ReLU, nn.SiLU]
+    circular = Nested()
+    circular.last["parent"] = circular
+    with pytest.raises(ValueError, match="last.parent holds a module that it is part of"):
+        helpers.replace_relu(circular, nn.SiLU, 1)
+    hidden = type("Hidden", (Nested,), {"act": nn.ReLU()})()
+    with pytest.raises(ValueError, match="Hidden.act is an attribute of the class"):
+        helpers.replace_relu(hidden, nn.SiLU, 1)
+    assert len(names_of(hidden)) == 5
+
+
+@pytest.mark.parametrize("first_swap, frozen", [
+    ("layer3.1.relu", ("conv1", "bn1", "layer1")), ("layer2.0.relu", ("conv1", "bn1", "layer1")),
+    ("layer1.1.relu", ("conv1", "bn1")), ("relu", ("conv1", "bn1"))])
+def test_what_stands_before_the_swap_is_frozen_and_the_rest_trained(first_swap, frozen):
+    with torch.device("meta"):
+        model = models.get_model("resnet18", weights=None)
+    assert helpers.freeze(model, ("conv1", "bn1", "layer1"), first_swap) == frozen
+    assert {n.split(".")[0] for n, p in model.named_parameters() if not p.requires_grad} == set(
+        frozen)
 
 
 def test_the_same_seed_makes_the_same_model_and_head_and_torchs_generator_is_left_alone():
     state, made = torch.get_rng_state(), []
     for seed in (1, 1, 2):
-        model = helpers.build_model("resnet18", seed)
+        model, weights = helpers.build_model("resnet18", False, seed)
+        assert weights == helpers.Weights() and not weights.pretrained
         made.append((model.conv1.weight, helpers.replace_head(model, 3, seed).weight))
     for one, same, other in zip(*made):
         assert torch.equal(one, same) and not torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="'vgg16': it must be one of"):
-        helpers.build_model("vgg16", 1)
+        helpers.build_model("vgg16", True, 1)
 
 
 @pytest.mark.parametrize("n_classes, bias, training, dtype, device", [
@@ -193,43 +232,53 @@ def test_a_damaged_cached_file_is_one_sentence_and_runs_no_code(hub, tiny_net, d
     path.parent.mkdir()
     path.write_bytes(DAMAGED[damage])
     before = saved(tiny_net.state_dict())
-    reason = helpers.load_imagenet_weights(tiny_net, "resnet18")
-    assert path.name in reason and "delete" in reason and not set("\n/") & set(reason)
+    weights = helpers.load_imagenet_weights(tiny_net, "resnet18")
+    assert (weights.pretrained, weights.label) == (False, "random initialisation")
+    assert path.name in weights.note and "delete" in weights.note and not set("\n/") & set(
+        weights.note)
     assert saved(tiny_net.state_dict()) == before and os.listdir(hub) == ["checkpoints"]
 
 
 @pytest.mark.parametrize("fault, name, part", [
     ("good", "resnet18", None), ("good", "resnet50", None), ("trickle", "resnet34", "too slow"),
     ("stall", "resnet18", "timed out"), ("wrong", "resnet18", "the file's sha256 is"),
-    ("missing", "resnet18", "HTTP 404"), ("good", "resnet18", "No space left")])
+    ("missing", "resnet18", "HTTP Error 404"), ("loop", "resnet18", "cache cannot be read")])
 def test_weights_are_verified_and_kept_or_not(hub, tiny_net, monkeypatch, fault, name, part):
-    before, file = saved(tiny_net.state_dict()), f"r-{hashlib.sha256(WEIGHTS).hexdigest()[:8]}.pth"
-    if part == "No space left":
-        monkeypatch.setattr(os, "replace", disk_fails)
+    before, sha256 = saved(tiny_net.state_dict()), hashlib.sha256(WEIGHTS).hexdigest()
+    file = f"r-{sha256[:8]}.pth"
+    if fault == "loop":
+        (hub / "checkpoints").symlink_to("checkpoints")
     with serving(WEIGHTS, monkeypatch) as server:
-        weights, url = models.get_model_weights(name).DEFAULT.value, f"{server.url}/{fault}/{file}"
-        monkeypatch.setattr(weights, "url", url)
-        reasons = [helpers.load_imagenet_weights(tiny_net, name) for _ in range(2)]
+        weights, url = models.get_model_weights(name).DEFAULT, f"{server.url}/{fault}/{file}"
+        monkeypatch.setattr(weights.value, "url", url)
+        loaded = [helpers.load_imagenet_weights(tiny_net, name) for _ in range(2)]
     if part is None:
-        assert reasons == [None, None] and len(server.requests) == 1
+        label = f"ImageNet weights ({weights.name})"
+        assert loaded == [helpers.Weights(True, label, sha256)] * 2 and len(server.requests) == 1
         assert saved(tiny_net.state_dict()) == WEIGHTS == (hub / "checkpoints" / file).read_bytes()
     else:
-        assert all(part in reason and "\n" not in reason for reason in reasons)
+        assert all(part in w.note and "\n" not in w.note and not w.pretrained for w in loaded)
         assert saved(tiny_net.state_dict()) == before and not list(hub.rglob("*.*"))
 
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet50"])
 @pytest.mark.parametrize("activation", helpers.ACTIVATIONS)
-def test_the_larger_networks_train_from_cached_weights(hub, loaders, name, activation):
-    model, cached = (helpers.build_model(name, seed) for seed in (1, 2))
+def test_the_larger_networks_train_from_cached_weights_labelled_as_not_torchvisions(
+        hub, loaders, name, activation):
+    cached, _ = helpers.build_model(name, False, seed=2)
     path = hub / "checkpoints" / Path(models.get_model_weights(name).DEFAULT.url).name
     path.parent.mkdir()
     torch.save(cached.state_dict(), path)
-    assert helpers.load_imagenet_weights(model, name) is None
+    model, weights = helpers.build_model(name, True, seed=1)
     assert torch.equal(model.conv1.weight, cached.conv1.weight)
+    assert weights.pretrained and weights.label.endswith(", not torchvision's own file)")
+    assert weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    recipe = replace(helpers.RECIPES["pretrained"], epochs=2)
+    helpers.freeze(model, recipe.frozen, helpers.find_modules(model, nn.ReLU)[6][0])
     helpers.replace_relu(model, helpers.ACTIVATIONS[activation], 7)
     helpers.replace_head(model, 3, seed=1)
-    recipe = helpers.Recipe("short", epochs=2, muon_lr=2e-3, adamw_lr=1e-3)
-    history = helpers.fit(model, recipe, *loaders, 32, torch.device("cpu"), torch.float32, seed=1)
+    before = copy.deepcopy(model.layer1.state_dict())
+    history = helpers.fit(model, *loaders, recipe=recipe, device="cpu")
     assert history.stopped is None and len(history.epochs) == 2
-    assert history.epochs[1].train_accuracy > 0.6  # a third of the images have each class
+    assert all(torch.equal(before[k], v) for k, v in model.layer1.state_dict().items())
+    assert history.epochs[1].train_accuracy > 0.5  # a third of the images have each class
