@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.parse
 import warnings
@@ -34,7 +35,10 @@ import torchvision
 from matplotlib.figure import Figure
 from scipy import stats
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, models, transforms
@@ -59,10 +63,9 @@ CIFAR10_CLASSES = (
 
 
 def check_parameters(values: Dict[str, object]) -> None:
-    """Check every notebook parameter in ``values``, name to value; other names are ignored.
+    """Check every notebook parameter in ``values``, {name: value}; NumPy's numbers are welcome.
 
-    NumPy's numbers count as Python's. Raises ValueError for the first bad one: its name, its value
-    and what is allowed.
+    Raises ValueError for the first bad one: its name, its value and what is allowed.
     """
 
     def number(low, high, kind=numbers.Integral, unit=""):
@@ -81,8 +84,8 @@ def check_parameters(values: Dict[str, object]) -> None:
         "SEED": number(0, 2**32 - 1), "MODEL_NAME": one_of(*MODELS), "PRETRAINED": boolean,
         "ALT_ACTIVATION": one_of(*ACTIVATIONS), "FIRST_REPLACED": number(1, n_relu),
         "CLASS_NAMES": (
-            lambda v: isinstance(v, (list, tuple)) and len(v) == len(set(v)) in (2, 3)
-            and set(v) <= set(CIFAR10_CLASSES),
+            lambda v: isinstance(v, (list, tuple)) and all(n in CIFAR10_CLASSES for n in v)
+            and len(v) == len(set(v)) in (2, 3),
             f"a list of 2 or 3 different names out of {list(CIFAR10_CLASSES)}"),
         "VAL_FRACTION": number(0.01, 0.5, numbers.Real),
         "IMAGE_SIZE": or_none(*number(32, 256, unit=" pixels")),
@@ -101,9 +104,9 @@ def check_parameters(values: Dict[str, object]) -> None:
 def seed_everything(seed: int, generators: Sequence[torch.Generator] = ()) -> None:
     """Seed every source of randomness, and ``generators``, and ask for deterministic algorithms.
 
-    Follows https://pytorch.org/docs/stable/notes/randomness.html. Operations without a
-    deterministic form (some on GPU) warn instead of failing.
+    Follows https://pytorch.org/docs/stable/notes/randomness.html. Operations that have none warn.
     """
+    seed = int(seed)  # also NumPy's
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)  # also seeds CUDA and MPS
@@ -112,6 +115,7 @@ def seed_everything(seed: int, generators: Sequence[torch.Generator] = ()) -> No
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     # Deterministic mode would also fill uninitialised memory with NaN: slow, and nothing reads it.
     if hasattr(torch.utils, "deterministic"):
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -143,31 +147,22 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s"
 
 
-class LiveLine:
-    """A line of progress that a notebook overwrites in place; silent everywhere else."""
+def live_line() -> Callable[[str], None]:
+    """A function that shows a line of progress, in place in a notebook; elsewhere it is silent."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if not hasattr(shell, "kernel"):
+        return lambda text: None
+    from IPython.display import display
 
-    handle, last_update, seconds_between_updates = None, -math.inf, 1.0
-
-    def update(self, text: str, final: bool = False) -> None:
-        """Show the text; skipped if the last one is too fresh, unless this one is final."""
-        too_soon = time.monotonic() - self.last_update < self.seconds_between_updates
-        shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-        if not hasattr(shell, "kernel") or (too_soon and not final):
-            return
-        from IPython.display import display
-
-        self.last_update = time.monotonic()
-        if self.handle:
-            self.handle.update({"text/plain": text}, raw=True)
-        else:
-            self.handle = display({"text/plain": text}, raw=True, display_id=True)
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+    return lambda text: handle.update({"text/plain": text}, raw=True)
 
 
 # ==== Downloads ==================================================================================
 
 STALL_TIMEOUT = 20.0  # seconds without a byte after which a server is given up
 DOWNLOAD_LIMIT = 900.0  # seconds that one download may take, its connection included
-PATIENCE, LEAST_RATE = 20.0, 0.3e6  # seconds after which fewer bytes/s are too few
+GRACE_SECONDS, LEAST_RATE = 20.0, 0.3e6  # seconds after which fewer bytes/s are too few
 
 # Run by a child process. Its arguments: an address, the file to write, STALL_TIMEOUT.
 FETCH = """
@@ -188,90 +183,60 @@ class SourceUnavailable(RuntimeError):
     """A source does not deliver: the next one is tried."""
 
 
-class SourceBroken(SourceUnavailable):
-    """Files are damaged, or cannot be read or written: the user has to act."""
-
-
-def describe_error(error: BaseException) -> str:
-    """An exception as a few words on one line, without the paths and objects it may carry."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
-
-
 @contextlib.contextmanager
 def disk_errors(what: str):
-    """Turn an OSError within it into a SourceBroken that says what could not be done."""
+    """Turn an OSError within it into a RuntimeError: what could not be done, why, and a way out."""
     try:
         yield
     except OSError as error:
-        raise SourceBroken(
-            f"{what} ({describe_error(error)}): make room or give access, or use another folder"
-        ) from error
-
-
-def is_there(path: Path) -> bool:
-    """Whether a file or folder exists. Raises OSError where that cannot be found out.
-
-    ``Path.exists`` is False there on newer Pythons, as if nothing were wrong.
-    """
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        reason = error.strerror or " ".join(str(error).split())
+        raise RuntimeError(
+            f"{what} ({reason}): make room or give access, or use another folder.") from error
 
 
 def hash_file(path: Path, algorithm: str) -> str:
     """The hexadecimal hash of a file by one of hashlib's algorithms."""
-    hasher = hashlib.new(algorithm, usedforsecurity=False)
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            hasher.update(block)
-    return hasher.hexdigest()
+    return hashlib.new(algorithm, path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def download(url: str, path: Path, algorithm: str, digest: str, code: str = "") -> None:
-    """Download a file, check its hash, and only then give it the name ``path``.
+    """Download a file, check how its hash begins, and only then give it the name ``path``.
 
-    ``digest`` is how its hexadecimal hash by ``algorithm`` has to begin. A child process runs
-    ``code``, by default ``FETCH``: it can be stopped wherever it hangs, also at a name or a header.
-
-    Raises SourceUnavailable if the file does not arrive whole, or too slowly, and SourceBroken if
-    it cannot be written; nothing is left behind, unless this process is killed.
+    A child process runs ``code``, ``FETCH`` by default: it can be stopped wherever it hangs. Raises
+    SourceUnavailable if the file does not arrive whole and in time, and OSError if it cannot be
+    written; nothing is left behind.
     """
     host = re.sub(r"^\w+://([^/:]*).*", r"\1", url) or url
-    progress, start = LiveLine(), time.monotonic()
-    with disk_errors(f"{path.name} cannot be stored"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-            partial, log = Path(folder) / path.name, Path(folder) / "log"
-            with open(log, "wb") as output, subprocess.Popen(
-                    [sys.executable, "-c", code or FETCH, url, str(partial), str(STALL_TIMEOUT)],
-                    stdout=output, stderr=output) as child:
-                try:
-                    while child.poll() is None:
-                        time.sleep(0.05)
-                        seconds = time.monotonic() - start
-                        done = partial.stat().st_size if partial.exists() else 0
-                        if seconds > min(DOWNLOAD_LIMIT, max(PATIENCE, done / LEAST_RATE)):
-                            raise SourceUnavailable(
-                                f"{host}: too slow, {done / 1e6:.1f} MB in {seconds:.0f} s")
-                        progress.update(f"Downloading from {host}: {done / 1e6:.0f} MB")
-                finally:
-                    child.kill()
-            if child.returncode:
-                said = log.read_text(errors="replace").split("\n")[-2:][0]
-                if f"[Errno {errno.ENOSPC}]" in said:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                said = re.sub(r"^[\w.]+: |<urlopen error |\[Errno \S+\] |>$", "", said)
-                raise SourceUnavailable(f"{host}: {said.strip()}")
-            found = hash_file(partial, algorithm)
-            if not found.startswith(digest):
-                raise SourceUnavailable(
-                    f"{host}: the file's {algorithm} is {found}, not {digest}, "
-                    f"after {partial.stat().st_size:,} bytes")
-            os.replace(partial, path)
-    progress.update(f"Downloaded {path.stat().st_size / 1e6:.0f} MB from {host}", final=True)
+    show_progress, start = live_line(), time.monotonic()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
+        partial, log = Path(folder) / path.name, Path(folder) / "log"
+        command = [sys.executable, "-c", code or FETCH, url, str(partial), str(STALL_TIMEOUT)]
+        with open(log, "wb") as output, subprocess.Popen(
+                command, stdout=output, stderr=output) as child:
+            try:
+                while child.poll() is None:
+                    time.sleep(0.1)
+                    seconds = time.monotonic() - start
+                    done = partial.stat().st_size if partial.exists() else 0
+                    if seconds > min(DOWNLOAD_LIMIT, max(GRACE_SECONDS, done / LEAST_RATE)):
+                        raise SourceUnavailable(
+                            f"{host}: too slow, {done / 1e6:.1f} MB in {seconds:.0f} s")
+                    show_progress(f"Downloading from {host}: {done / 1e6:.0f} MB")
+            finally:
+                child.kill()
+                show_progress("")
+        if child.returncode:
+            said = log.read_text(errors="replace").split("\n")[-2:][0]
+            if f"[Errno {errno.ENOSPC}]" in said:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            said = re.sub(r"^[\w.]+: |<urlopen error |\[Errno \S+\] |>$", "", said)
+            raise SourceUnavailable(f"{host}: {said.strip()}")
+        found = hash_file(partial, algorithm)
+        if not found.startswith(digest):
+            raise SourceUnavailable(f"{host}: the file's {algorithm} is {found}, not {digest}, "
+                                    f"after {partial.stat().st_size:,} bytes")
+        os.replace(partial, path)
 
 
 # ==== Model surgery ==============================================================================
@@ -279,22 +244,18 @@ def download(url: str, path: Path, algorithm: str, digest: str, code: str = "") 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a model started from; ``note`` says why that is not what was asked for.
-
-    ``label`` names it wherever a number depends on it; ``sha256`` is the file's, or "random".
-    """
+    """What a model started from; ``note`` says why that is not what was asked for."""
 
     pretrained: bool = False
     label: str = "random initialisation"
-    sha256: str = "random"
+    sha256: str = "random"  # of the file, in hexadecimal
     note: str = ""
 
 
 def build_model(name: str, pretrained: bool, seed: int) -> Tuple[nn.Module, Weights]:
-    """A torchvision ResNet with a 1000-way head, with ImageNet weights if they can be had.
+    """One of ``MODELS`` with its 1000-way head, from ImageNet weights if they can be had.
 
-    Else it is randomly initialised from ``seed``; torch's global CPU generator is left as it was.
-    Raises ValueError for a name not in ``MODELS``.
+    Else it is initialised from ``seed``. Raises ValueError for another name.
     """
     if name not in MODELS:
         raise ValueError(f"model name is {name!r}: it must be one of {list(MODELS)}.")
@@ -305,25 +266,26 @@ def build_model(name: str, pretrained: bool, seed: int) -> Tuple[nn.Module, Weig
 
 
 def load_imagenet_weights(model: nn.Module, name: str) -> Weights:
-    """Load torchvision's default ImageNet weights, from torch hub's cache or the network.
+    """Load torchvision's default weights for ``name``, from torch hub's cache or the network.
 
-    ``model`` is torchvision's ``name``; it is unchanged unless the whole load succeeds. A cached
-    file is used whatever its hash, as torch hub would, but labelled where it is another's.
+    ``model`` is unchanged unless the whole load succeeds. A cached file is used whatever its hash,
+    as torch hub would, but labelled where it is not torchvision's.
     """
     weights = models.get_model_weights(name).DEFAULT
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     digest = path.stem.rsplit("-", 1)[1]
     try:
-        with disk_errors("torch hub's cache cannot be read"):
-            if not is_there(path):
+        with disk_errors("torch hub's cache cannot be used"):
+            if not os.path.lexists(path):
                 download(weights.url, path, "sha256", digest)
             sha256 = hash_file(path, "sha256")
+    except RuntimeError as error:
+        return Weights(note=f"no ImageNet weights: {error}")
+    try:
         # weights_only: the file is data, whatever it holds; it never runs code.
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
         copy.deepcopy(model).load_state_dict(state_dict)  # a failed load leaves some weights set
         model.load_state_dict(state_dict)
-    except SourceUnavailable as error:
-        return Weights(note=f"no ImageNet weights: {error}.")
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, keys, shapes
         return Weights(note=(
             f"the cached weights file {path.name} does not load ({type(error).__name__}): if "
@@ -348,9 +310,8 @@ def _places(
 def find_modules(model: nn.Module, kind: type) -> List[Tuple[str, nn.Module]]:
     """(qualified name, module) of each ``kind`` below ``model``, depth-first, as registered.
 
-    A module registered at two places is found at both, as are the modules inside it; subclasses
-    of ``kind`` count. ``model`` itself has no place, so it is not listed. Raises ValueError if a
-    module is part of itself.
+    A module registered at two places is found at both; subclasses of ``kind`` count. Raises
+    ValueError if a module is part of itself.
     """
     return [(name, module) for name, _, _, module in _places(model) if isinstance(module, kind)]
 
@@ -358,10 +319,9 @@ def find_modules(model: nn.Module, kind: type) -> List[Tuple[str, nn.Module]]:
 def replace_modules(
     model: nn.Module, names: Sequence[str], make: Callable[[], nn.Module]
 ) -> List[nn.Module]:
-    """Put a new module at each named place, in place; returns the new ones.
+    """Put a new module, each from a call of ``make``, at each named place; returns the new ones.
 
-    Each comes from its own call of ``make``, all before the first is set, and gets the train/eval
-    mode of the old one, and the device and dtype of its parent's first parameter, else the model's.
+    It gets the old one's train/eval mode, and the device and dtype of the parameters around it.
     """
     places = {name: place for name, *place in _places(model)}
     new = [make() for _ in names]
@@ -376,10 +336,7 @@ def replace_modules(
 
 @dataclass(frozen=True)
 class SurgeryReport:
-    """What :func:`replace_relu` did. Indices are 1-based occurrences of nn.ReLU.
-
-    ``names`` are the qualified names of all of them, before.
-    """
+    """What :func:`replace_relu` did; ``names`` are of all nn.ReLU before, indices are 1-based."""
 
     names: Tuple[str, ...]
     total: int
@@ -397,14 +354,12 @@ def replace_relu(
 
     An occurrence is a position in the module tree (see :func:`find_modules`): a shared nn.ReLU
     counts at each of its places, and each place gets its own new module. ``first_replaced`` is
-    1-based. ``make_activation`` makes one new module a call, e.g. ``nn.SiLU``, always of the same
-    class, and without an nn.ReLU in it. Hooks on a replaced module go with it. The fused inference
-    path of nn.TransformerEncoderLayer goes on with ReLU: set its ``activation_relu_or_gelu`` to 0.
+    1-based. ``make_activation`` makes one new module a call, e.g. ``nn.SiLU``. Hooks on a replaced
+    module go with it; nn.TransformerEncoderLayer's fused inference path goes on with ReLU.
 
-    Raises ValueError, with the model unchanged, if there is no such occurrence, a container that
-    is registered twice holds a ReLU to be both kept and replaced, an nn.ReLU is an attribute of a
-    class, where no traversal finds it, or ``make_activation`` makes something else; RuntimeError
-    if the recount does not come out as intended.
+    Raises ValueError, with the model unchanged, if there is no such occurrence, or a place cannot
+    be found or told apart, or ``make_activation`` makes something unfit; RuntimeError if the
+    recount does not come out as intended.
     """
     relus = [place for place in _places(model) if isinstance(place[3], nn.ReLU)]
     names = tuple(name for name, *_ in relus)
@@ -445,11 +400,8 @@ def replace_relu(
 def replace_head(model: nn.Module, n_classes: int, seed: int) -> nn.Linear:
     """Replace ``model.fc`` by a linear layer with 2 or 3 outputs, in place; returns the new one.
 
-    It has the old one's device, dtype and train/eval mode, a bias if the old one has
-    one, and is initialised from ``seed``; torch's global CPU generator is left as it was.
-
-    Raises ValueError if ``model.fc`` is not an nn.Linear, ``n_classes`` is not 2 or 3, or the
-    head has that many outputs already (a second replacement would lose a trained one).
+    It is like the old one, and initialised from ``seed``. Raises ValueError if ``model.fc`` is not
+    an nn.Linear, ``n_classes`` is not 2 or 3, or the head has that many outputs already.
     """
     old = getattr(model, "fc", None)
     if not isinstance(old, nn.Linear):
@@ -505,10 +457,9 @@ DOWNLOAD_URLS = (
 
 @dataclass(frozen=True)
 class Cifar10:
-    """Both splits of CIFAR-10 in memory, and where they came from.
+    """Both splits: uint8 images (N, 32, 32, 3), RGB, and int64 labels (N,), original ids 0 to 9.
 
-    Images are uint8 arrays (N, 32, 32, 3), RGB; labels are int64 arrays (N,) of original ids, 0
-    to 9. ``note`` says what the source means for accuracies, ``skipped`` why others did not serve.
+    ``note`` says what the source means for accuracies, ``skipped`` why others did not serve.
     """
 
     train_images: np.ndarray
@@ -525,85 +476,81 @@ def load_cifar10(
     data_dir, allow_stand_in: bool, seed: int, class_names: Sequence[str] = CIFAR10_CLASSES,
     urls: Sequence[str] = DOWNLOAD_URLS,
 ) -> Cifar10:
-    """CIFAR-10 from the first source that works.
+    """CIFAR-10 from the first source that is there.
 
     In this order: official batches or archive in ``data_dir``, image folders of ``class_names``
     there, a download into it from each of ``urls``, and, if ``allow_stand_in``,
-    :func:`make_stand_in`, but not where files are damaged or not accessible. Raises RuntimeError
-    with every source and why it failed.
+    :func:`make_stand_in`. Raises RuntimeError if files are there but damaged or not accessible, or
+    no source delivers: what is wrong, and what to do.
     """
-    data_dir, skipped, broken = Path(data_dir).expanduser(), [], False
-
-    def from_url(url: str) -> Cifar10:
-        code = FETCH_BY_TORCHVISION if url == datasets.CIFAR10.url else ""
-        download(url, data_dir / ARCHIVE_NAME, "md5", ARCHIVE_MD5, code)
-        data = load_official(data_dir)
-        host = urllib.parse.urlsplit(url).hostname or url
-        return replace(data, source=f"{data.source}, from {host}")
-
-    sources = [(load_official, (data_dir,)), (load_image_folders, (data_dir, class_names))]
-    for load, arguments in sources + [(from_url, (url,)) for url in urls]:
-        try:
-            return replace(load(*arguments), skipped=tuple(skipped))
-        except SourceUnavailable as error:
-            skipped.append(str(error))
-            broken = broken or isinstance(error, SourceBroken)
-            if load is from_url and isinstance(error, SourceBroken):
-                break  # it cannot be stored: another download would not help
-    if allow_stand_in and not broken:
+    data_dir, skipped = Path(data_dir).expanduser(), []
+    if data_dir.name == BATCHES:  # the folder in which the batches are
+        data_dir = data_dir.parent
+    with disk_errors(f"CIFAR-10 cannot be read from or written to '{data_dir}'"):
+        for load in (load_official, lambda folder: load_image_folders(folder, class_names)):
+            try:
+                return replace(load(data_dir), skipped=tuple(skipped))
+            except FileNotFoundError as error:
+                skipped.append(str(error))
+        for url in urls:
+            code = FETCH_BY_TORCHVISION if url == datasets.CIFAR10.url else ""
+            try:
+                download(url, data_dir / ARCHIVE_NAME, "md5", ARCHIVE_MD5, code)
+            except SourceUnavailable as error:
+                skipped.append(str(error))
+            else:
+                data, host = load_official(data_dir), urllib.parse.urlsplit(url).hostname or url
+                return replace(data, source=f"{data.source}, from {host}", skipped=tuple(skipped))
+    if allow_stand_in:
         return replace(make_stand_in(seed), skipped=tuple(skipped))
-    advice = "Repair what is named above" if broken else "Set ALLOW_STAND_IN to True"
     raise RuntimeError("\n- ".join(["CIFAR-10 could not be loaded.", *skipped]) + (
-        f"\n{advice}, or put {ARCHIVE_NAME} or the folder {IMAGE_FOLDERS} into '{data_dir}'."))
+        f"\nSet ALLOW_STAND_IN to True, or put {ARCHIVE_NAME} or the folder {IMAGE_FOLDERS} into "
+        f"'{data_dir}'."))
+
+
+def list_folder(folder: Path) -> List[str]:
+    """The names in a folder, none if there is no such folder; OSError if it cannot be read."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.listdir(folder)
+    return []
 
 
 def load_official(data_dir: Path) -> Cifar10:
     """The official batches in ``data_dir``, unpacked by torchvision from the archive if need be.
 
-    ``data_dir`` may also be the folder of the batches itself. torchvision checks the MD5 of every
-    file before anything is unpickled. Raises SourceUnavailable if there is neither, SourceBroken
-    if they are damaged or cannot be used.
+    torchvision checks the MD5 of every file before anything is unpickled. Raises FileNotFoundError
+    if there are neither batches nor archive, RuntimeError if they are damaged.
     """
-    root = data_dir.parent if data_dir.name == BATCHES else data_dir
-    with disk_errors(f"the official CIFAR-10 files in '{data_dir}' cannot be read or unpacked"):
-        has_archive, has_batches = is_there(root / ARCHIVE_NAME), is_there(root / BATCHES)
-        if not has_archive and not has_batches:
-            raise SourceUnavailable(f"no official CIFAR-10 batches or archive in '{data_dir}'")
+    archive, there = data_dir / ARCHIVE_NAME, {BATCHES, ARCHIVE_NAME} & set(list_folder(data_dir))
+    if not there:
+        raise FileNotFoundError(f"no official CIFAR-10 batches or archive in '{data_dir}'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy's, on the old pickles (pytorch/vision issue 9340)
         with contextlib.suppress(RuntimeError):  # torchvision's: missing or damaged
-            return _read_batches(root)
-        if not has_archive:
-            raise SourceBroken(f"{BATCHES} in '{data_dir}' is damaged (MD5): delete it")
-        if not check_integrity(str(root / ARCHIVE_NAME), ARCHIVE_MD5):
-            raise SourceBroken(f"{ARCHIVE_NAME} in '{data_dir}' is damaged (MD5): delete it")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tarfile's, on its own defaults
-            extract_archive(str(root / ARCHIVE_NAME), str(root))
-        return _read_batches(root)
+            return _read_batches(data_dir)
+        if not check_integrity(str(archive), ARCHIVE_MD5):
+            damaged = ARCHIVE_NAME if ARCHIVE_NAME in there else BATCHES
+            raise RuntimeError(f"{damaged} in '{data_dir}' is damaged (MD5): delete it.")
+        extract_archive(str(archive), str(data_dir))
+        return _read_batches(data_dir)
 
 
 def _read_batches(root: Path) -> Cifar10:
-    arrays = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy's, on the old pickles (pytorch/vision issue 9340)
-        for train in (True, False):
-            split = datasets.CIFAR10(str(root), train=train, download=False)
-            arrays += [split.data, np.array(split.targets, dtype=np.int64)]
+    splits = [datasets.CIFAR10(str(root), train=train, download=False) for train in (True, False)]
+    arrays = [array for s in splits for array in (s.data, np.array(s.targets, dtype=np.int64))]
     return Cifar10(*arrays, source="official CIFAR-10 batches, MD5 verified")
 
 
 def load_image_folders(data_dir: Path, class_names: Sequence[str] = CIFAR10_CLASSES) -> Cifar10:
-    """The classes of CIFAR-10 as image folders, ``{train,test}/<class name>/*.{png,jpg}``.
+    """Classes as folders ``{train,test}/<class name>/*.{png,jpg}``, in the order of their names.
 
-    They are in ``cifar10-images`` in ``data_dir``, or in ``data_dir`` itself. Files are read in the
-    order of their names. Raises SourceUnavailable if there is no such folder, SourceBroken if a
-    class has no image, or an image (it is named) cannot be read or is not 32x32.
+    They are in ``data_dir``/cifar10-images, or in ``data_dir`` itself. Raises FileNotFoundError if
+    they are not, RuntimeError if a class has no image, or for an image that is unfit.
     """
-    root = data_dir / IMAGE_FOLDERS
-    with disk_errors(f"the image folders in '{data_dir}' cannot be read"):
-        if not is_there(root) and is_there(data_dir / "train") and is_there(data_dir / "test"):
-            root = data_dir
-        if not is_there(root):
-            raise SourceUnavailable(f"no image folders '{IMAGE_FOLDERS}' in '{data_dir}'")
+    names = list_folder(data_dir)
+    root = data_dir / IMAGE_FOLDERS if IMAGE_FOLDERS in names else data_dir
+    if root == data_dir and not {"train", "test"} <= set(names):
+        raise FileNotFoundError(f"no image folders '{IMAGE_FOLDERS}' in '{data_dir}'")
 
     def is_image(path: str) -> bool:
         name = os.path.basename(path).lower()
@@ -614,9 +561,9 @@ def load_image_folders(data_dir: Path, class_names: Sequence[str] = CIFAR10_CLAS
         try:
             image = np.asarray(datasets.folder.default_loader(path))
         except Exception as error:  # Pillow raises many kinds on damaged files
-            raise SourceBroken(f"{file} cannot be read as an image: replace it") from error
+            raise RuntimeError(f"{file} cannot be read as an image: replace it.") from error
         if image.shape != (32, 32, 3):
-            raise SourceBroken(f"{file} has the shape {image.shape}, not (32, 32, 3): replace it")
+            raise RuntimeError(f"{file} has the shape {image.shape}, not (32, 32, 3): replace it.")
         return image
 
     ids = {name: i for i, name in enumerate(CIFAR10_CLASSES) if name in class_names}
@@ -624,8 +571,8 @@ def load_image_folders(data_dir: Path, class_names: Sequence[str] = CIFAR10_CLAS
     for split in ("train", "test"):
         try:
             samples = datasets.folder.make_dataset(root / split, ids, is_valid_file=is_image)
-        except OSError as error:  # also where a class has no image
-            raise SourceBroken(f"{root.name}/{split}: {describe_error(error)}") from error
+        except FileNotFoundError as error:  # a class has no image
+            raise RuntimeError(f"{root.name}/{split}: {' '.join(str(error).split())}") from error
         arrays += [np.stack([read(path) for path, _ in samples]),
                    np.array([i for _, i in samples], dtype=np.int64)]
         files += [path for path, _ in samples]
@@ -639,10 +586,9 @@ def load_image_folders(data_dir: Path, class_names: Sequence[str] = CIFAR10_CLAS
 
 
 def make_stand_in(seed: int) -> Cifar10:
-    """scikit-learn's handwritten digits in the form of CIFAR-10, for a run with no data at all.
+    """scikit-learn's 1,797 handwritten digits in the form of CIFAR-10: digit d has original id d.
 
-    1,797 images of 8x8 grey pixels, enlarged to 32x32; digit ``d`` takes the place of original id
-    ``d``. A stratified fifth of them, chosen by ``seed``, is the test set.
+    8x8 grey pixels, enlarged to 32x32. A stratified fifth, chosen by ``seed``, is the test set.
     """
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
@@ -657,7 +603,7 @@ def make_stand_in(seed: int) -> Cifar10:
 
 
 def as_images(images) -> np.ndarray:
-    """Images as a uint8 array (N, 32, 32, 3). Raises ValueError for anything else."""
+    """Images as a uint8 array (N, 32, 32, 3); a ValueError for anything else."""
     array = np.asarray(images)
     if array.dtype != np.uint8 or array.shape[1:] != (32, 32, 3):
         raise ValueError(f"images are {array.dtype} of shape {array.shape}: give uint8 values of "
@@ -666,10 +612,7 @@ def as_images(images) -> np.ndarray:
 
 
 def as_labels(labels) -> np.ndarray:
-    """Labels as an int64 array (N,), from a list, a tuple, an array or a tensor, also (N, 1).
-
-    Raises ValueError if they are not whole numbers, or of another shape.
-    """
+    """Labels as an int64 array (N,), from whole numbers (N,) or (N, 1); else a ValueError."""
     array = np.asarray(labels)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
@@ -680,10 +623,9 @@ def as_labels(labels) -> np.ndarray:
 
 
 def class_mapping(class_names: Sequence[str]) -> Tuple[Dict[int, int], Dict[str, int]]:
-    """New contiguous ids for the chosen classes, in ascending order of CIFAR-10's own ids.
+    """({original id: new id}, {class name: new id}), in ascending order of the original ids.
 
-    Returns (original id to new id, class name to new id). Raises ValueError if a name is unknown
-    or repeated.
+    Raises ValueError if a name is unknown or repeated.
     """
     if not set(class_names) <= set(CIFAR10_CLASSES) or len(set(class_names)) < len(class_names):
         raise ValueError(f"class names are {list(class_names)}: choose from "
@@ -698,9 +640,8 @@ def filter_and_relabel(
 ) -> Tuple[np.ndarray, np.ndarray]:
     """Keep the images whose label is in ``id_mapping``, in their order, with their new labels.
 
-    From images (N, 32, 32, 3) (see :func:`as_images`) and labels (N,) (see :func:`as_labels`) to
-    uint8 (M, 32, 32, 3) and int64 (M,). Raises ValueError if they are something else, the lengths
-    differ, or a class has no image.
+    Takes what :func:`as_images` and :func:`as_labels` take; returns uint8 (M, 32, 32, 3) and int64
+    (M,). Raises ValueError if the lengths differ, or a class has no image.
     """
     images, labels = as_images(images), as_labels(labels)
     if len(images) != len(labels):
@@ -736,9 +677,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class ImageDataset(Dataset):
     """Images in memory, uint8 (N, 32, 32, 3); an item is a float32 (3, S, S) image and its label.
 
-    ``augment``, for each image by itself, pads it with 4 reflected pixels, crops it back to 32x32
-    and flips it at random; it is None unless ``train``. ``prepare`` resizes to S = ``image_size``
-    pixels and normalises, a whole batch at once where a DataLoader asks for one.
+    ``augment`` changes each image by itself, and is None unless ``train``; ``prepare`` resizes to
+    S = ``image_size`` pixels and normalises, a whole batch at once where a DataLoader asks for one.
     """
 
     def __init__(self, images, labels, *, train: bool, image_size: int):
@@ -778,9 +718,8 @@ def make_loader(
 ) -> DataLoader:
     """torch's DataLoader over an :class:`ImageDataset`.
 
-    Training loaders augment, shuffle by their own generator, seeded with ``seed``, and leave out an
-    incomplete last batch if it is not the only one; the others keep the order and every image.
-    Raises ValueError if there is no image, or only one to train on.
+    Training loaders shuffle by their own generator and leave out an incomplete last batch if it is
+    not the only one. Raises ValueError if there is no image, or only one to train on.
     """
     dataset = ImageDataset(images, labels, train=train, image_size=image_size)
     if len(dataset) < (2 if train else 1):
@@ -792,16 +731,15 @@ def make_loader(
 
 # ==== Training ===================================================================================
 
-RESERVE = 0.15  # of the time, for the report and for steps that come out slower than measured
+RESERVE = 0.10  # of the time: half for slower steps than measured, half for the report
 MIN_EPOCHS = 2  # a pair of trainings with fewer would show little: the control is left out then
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. ``lr`` is the peak of torch's one-cycle schedule.
+    """How to train, with torch's AdamW or SGD; ``lr`` is the peak of its one-cycle schedule.
 
-    ``optimizer`` is "AdamW" or "SGD", with Nesterov momentum 0.9. ``frozen`` names the model's
-    children that keep their weights, as far as :func:`freeze` lets them.
+    ``frozen`` names the model's children that keep their weights, as far as :func:`freeze` goes.
     """
 
     name: str
@@ -841,15 +779,17 @@ class EpochMetrics:
 
 @dataclass(frozen=True)
 class History:
-    """A training: its epochs, its duration in seconds, and why it stopped early, if it did.
+    """A training, and why it stopped early, if it did.
 
-    ``states`` are the weights after each epoch, if they were kept.
+    ``states`` are the weights after each epoch, if they were kept; ``moments`` are (images seen,
+    which of the watched images were right, bool (N,)) within the first epoch.
     """
 
     epochs: Tuple[EpochMetrics, ...]
     seconds: float
     stopped: Optional[str] = None
     states: Tuple[dict, ...] = ()
+    moments: Tuple[Tuple[int, np.ndarray], ...] = ()
 
     @property
     def best(self) -> EpochMetrics:
@@ -859,14 +799,11 @@ class History:
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`plan_training` chose, and ``line``, which says so.
-
-    ``seconds_each`` is what each training may take at most.
-    """
+    """What :func:`plan_training` chose, and ``line``, which says so."""
 
     recipe: Recipe
     run_control: bool
-    seconds_each: float
+    seconds_each: float  # that a training may take at most
     line: str
 
 
@@ -879,10 +816,7 @@ def pick_dtype(precision: str, device) -> torch.dtype:
 
 
 def memory_format(device) -> torch.memory_format:
-    """Channels-last, in which convolutions run fastest, except on MPS.
-
-    On MPS it gives BatchNorm wrong gradients (https://github.com/pytorch/pytorch/issues/175189).
-    """
+    """Channels-last, the fastest, but on MPS, where BatchNorm fails (pytorch issue 175189)."""
     is_mps = torch.device(device).type == "mps"
     return torch.contiguous_format if is_mps else torch.channels_last
 
@@ -930,9 +864,9 @@ def train_one_epoch(
 ) -> Tuple[float, float]:
     """Train on every batch once; returns (mean cross-entropy, accuracy) over the images seen.
 
-    Batches are float32 images (B, 3, H, W) and int64 targets (B,); ``criterion`` takes logits and
-    targets. ``scheduler`` steps with every batch; then ``on_step`` gets the number of steps and of
-    images so far. Raises NonFiniteLoss, before the step, if a loss is not finite.
+    Batches are float32 images (B, 3, H, W) and int64 targets (B,). ``scheduler`` steps with every
+    batch; then ``on_step`` gets the number of steps and of images so far. Raises NonFiniteLoss,
+    before the step, if a loss is not finite.
     """
     training_mode(model)
     loss_sum = correct = seen = 0
@@ -963,8 +897,7 @@ def predict(
 ) -> Tuple[np.ndarray, np.ndarray]:
     """Class probabilities, float32 (N, n_classes), and targets, int64 (N,), in a loader's order.
 
-    ``mirror`` averages the logits of each image and of its mirror image. Each module's train/eval
-    mode is left as it was.
+    ``mirror`` averages the logits of each image and of its mirror image.
     """
     probabilities, all_targets = [], []
     with evaluation_mode(model):
@@ -990,13 +923,13 @@ def evaluate(
 
 def plan_training(
     model, train_loader, val_loader, *, recipe: Recipe, device, dtype, seconds: float,
-    run_control: bool,
+    run_control: bool, n_watched: int = 0,
 ) -> Plan:
     """Fit one or two trainings into ``seconds``, from a few timed steps on a copy of the model.
 
-    Epochs are cut, down to 1, for both networks alike, until all take at most 1 - ``RESERVE`` of
-    the time; the control is left out where the pair would get fewer than ``MIN_EPOCHS`` each.
-    torch's CPU and CUDA generators and the loader's are left as they were.
+    Epochs are cut, down to 1, for both networks alike; the control is left out where the pair would
+    get fewer than ``MIN_EPOCHS`` each. ``n_watched`` batches are predicted in each training besides
+    the validation. Generators are left as they were.
     """
     device, start, ends = torch.device(device), time.perf_counter(), []
     copied = copy.deepcopy(model).to(device, memory_format=memory_format(device))
@@ -1016,10 +949,15 @@ def plan_training(
     step_seconds = float(np.median(np.diff(ends) if len(ends) > 1 else ends[0] - start))
     epoch_seconds = len(train_loader) * step_seconds + len(val_loader) * val_seconds
     left = max(0.0, seconds - (time.perf_counter() - start))
-    fitting = (1 - RESERVE) * left / epoch_seconds  # epochs, of all networks together
     least = min(MIN_EPOCHS, recipe.epochs)
-    pair = run_control and fitting >= 2 * least
-    epochs = max(1, min(recipe.epochs, int(fitting / (1 + pair))))
+
+    def fitting(networks: int) -> int:
+        """The number of epochs that fit."""
+        each = (1 - RESERVE) * left / networks - n_watched * val_seconds
+        return min(recipe.epochs, int(each / epoch_seconds))
+
+    pair = run_control and fitting(2) >= least
+    epochs = max(1, fitting(1 + pair))
     line = (f"Epochs: {epochs} of {recipe.epochs} for {'each of two networks' if pair else 'one'}, "
             f"about {epoch_seconds:.0f} s each, with {format_duration(left)} left")
     if run_control and not pair:
@@ -1031,32 +969,38 @@ def plan_training(
 def fit(
     model: nn.Module, train_loader, val_loader, *, recipe: Recipe, device, dtype=torch.float32,
     seconds_left: float = math.inf, last_epoch: Optional[int] = None, keep_states: bool = False,
-    on_epoch: Callable[[str], None] = print,
+    watch_loader=None, n_moments: int = 8, on_epoch: Callable[[str], None] = print,
 ) -> History:
     """Train the model in place; it ends in evaluation mode, with the last complete epoch's weights.
 
-    The loaders are iterables of batches, as for :func:`train_one_epoch`, that have a length. No
-    generator is seeded and no flag set: the caller does (:func:`seed_everything`). ``dtype``
-    bfloat16 means autocast. After the first, no epoch is begun that would end later than in
-    ``seconds_left``, nor one after ``last_epoch``. ``on_epoch`` is called with each epoch's line.
+    The loaders are any iterables of batches that have a length. Nothing is seeded: the caller does.
+    After the first, no epoch is begun that would end later than in ``seconds_left``, nor one after
+    ``last_epoch``. The images of ``watch_loader``, if there is one, are predicted at ``n_moments``
+    steps of the first epoch. ``on_epoch`` gets each epoch's line.
 
-    Returns a History, ``stopped`` if the training was interrupted or ran out of time. Raises
-    NonFiniteLoss if a loss is not finite: names epoch, step and learning rate; KeyboardInterrupt
-    if it is interrupted before the first epoch is complete. Without one the weights are as before.
+    Raises NonFiniteLoss if a loss is not finite; KeyboardInterrupt if it is interrupted before the
+    first epoch is complete. Without one the weights are as before.
     """
     model.to(device, memory_format=memory_format(device))
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     optimizer, n_steps = make_optimizer(model, recipe), len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(  # the rate is 0 after the last step
-        optimizer, recipe.lr, total_steps=recipe.epochs * n_steps + 1, cycle_momentum=False,
+        optimizer, recipe.lr, total_steps=int(recipe.epochs) * n_steps + 1, cycle_momentum=False,
         final_div_factor=math.inf)
-    metrics, states, stopped = [], [], None
-    last_state, progress = copy.deepcopy(model.state_dict()), LiveLine()
+    metrics, states, moments, stopped = [], [], [], None
+    watched = {math.ceil(n_steps * (i + 1) / n_moments) for i in range(n_moments)}
+    last_state, show_progress = copy.deepcopy(model.state_dict()), live_line()
     start = epoch_start = time.perf_counter()
 
-    def show(step, n_images):
-        progress.update(f"Epoch {epoch}/{recipe.epochs}, step {step}/{n_steps}, "
-                        f"{n_images / (time.perf_counter() - epoch_start):.0f} images/s")
+    def on_step(step, n_images):
+        nonlocal epoch_start
+        if watch_loader is not None and epoch == 1 and step in watched:
+            watch_start = time.perf_counter()
+            probabilities, targets = predict(model, watch_loader, device, dtype)
+            moments.append((n_images, probabilities.argmax(1) == targets))
+            epoch_start += time.perf_counter() - watch_start  # later epochs go without
+        show_progress(f"Epoch {epoch}/{recipe.epochs}, step {step}/{n_steps}, "
+                      f"{n_images / (time.perf_counter() - epoch_start):.0f} images/s")
 
     try:
         for epoch in range(1, min(recipe.epochs, last_epoch or recipe.epochs) + 1):
@@ -1066,15 +1010,15 @@ def fit(
                 break
             epoch_start = now
             trained = train_one_epoch(
-                model, criterion, optimizer, scheduler, train_loader, device, dtype, show)
+                model, criterion, optimizer, scheduler, train_loader, device, dtype, on_step)
             new = EpochMetrics(epoch, *trained, *evaluate(model, val_loader, device, dtype))
             if not math.isfinite(new.val_loss):
                 lr = scheduler.get_last_lr()[0]
                 raise NonFiniteLoss(
                     f"validation loss {new.val_loss} after step {n_steps}, learning rate {lr:.2e}")
             state = copy.deepcopy(model.state_dict())
-            metrics, last_state = [*metrics, new], state  # an interruption finds both or neither
-            states += [state] * keep_states
+            metrics, last_state, states = (  # an interruption finds all or none
+                [*metrics, new], state, states + [state] * keep_states)
             on_epoch(new.line(recipe.epochs))
     except NonFiniteLoss as error:
         raise NonFiniteLoss(f"{error}, epoch {epoch}: lower the recipe's learning rate.") from None
@@ -1086,9 +1030,9 @@ def fit(
     finally:
         model.load_state_dict(last_state)
         model.eval()
+        show_progress("")
     seconds = time.perf_counter() - start
-    progress.update(f"Epochs: {len(metrics)}", final=True)
-    return History(tuple(metrics), seconds, stopped, tuple(states))
+    return History(tuple(metrics), seconds, stopped, tuple(states), tuple(moments))
 
 
 # ==== Evaluation =================================================================================
@@ -1102,10 +1046,10 @@ def accuracy_line(right: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Two classifiers on the same images.
+    """Two classifiers on the same images: ``only_a`` of them only the first gets right.
 
-    ``only_a`` images only the first gets right. ``difference`` is the first's accuracy minus the
-    second's, -1 to 1, with its paired 95% t interval; ``p_value`` is the exact McNemar test's.
+    ``difference`` is the first's accuracy minus the second's, -1 to 1, with its paired 95% t
+    interval; ``p_value`` is the exact McNemar test's.
     """
 
     only_a: int
@@ -1133,9 +1077,8 @@ def paired_interval(differences: np.ndarray) -> Tuple[float, float, float]:
 def compare_paired(correct_a, correct_b) -> PairedComparison:
     """Compare two classifiers by which of the same images each gets right: bool arrays (N,).
 
-    The exact McNemar test (McNemar 1947), a two-sided binomial one, asks whether an image that
-    only one gets right is as likely to be a's as b's. Raises ValueError unless both are boolean
-    and have the same length, 2 or more.
+    The exact McNemar test (McNemar 1947) asks whether an image that only one gets right is as
+    likely to be a's as b's. Raises ValueError unless both are boolean and as long, 2 or more.
     """
     a, b = np.asarray(correct_a), np.asarray(correct_b)
     if a.dtype != bool or b.dtype != bool or a.shape != b.shape or a.ndim != 1 or len(a) < 2:
@@ -1166,6 +1109,180 @@ def judge(low: float, high: float, claim_low: float, claim_high: float = math.in
     return "not supported" if outside else "undecided"
 
 
+def judge_all(verdicts: Sequence[str]) -> str:
+    """The verdict on a claim that holds only if each of its parts does."""
+    if "not supported" in verdicts:
+        return "not supported"
+    return "undecided" if "undecided" in verdicts or not verdicts else "supported"
+
+
+# ==== Analysis ===================================================================================
+
+SITE_EDGES = np.linspace(-4, 4, 81)  # of the histograms of an activation's inputs
+
+# What is known of the test images of some classes, with the sources.
+CEILINGS = {("airplane", "cat", "dog"): (
+    "Ceiling: of people's judgements of these test images 93.9% name the class out of ten, and\n"
+    "97.2% of those that name one of the three the right one (CIFAR-10H, Peterson et al. 2019);\n"
+    "26 of the 3,000 labels are candidates for errors (Northcutt et al. 2021).")}
+
+
+@dataclass(frozen=True)
+class Site:
+    """What one activation sees in a forward pass; ``side`` is that of its map, in pixels.
+
+    ``negative`` is the share of inputs below 0, ``change`` the root mean square of what another
+    activation adds to ReLU's output, as a share of ReLU's; ``shares`` are those of the inputs
+    between ``SITE_EDGES``.
+    """
+
+    name: str
+    calls: int
+    side: int
+    negative: float
+    change: float
+    shares: np.ndarray
+
+
+def measure_sites(
+    model: nn.Module, names: Sequence[str], activation: nn.Module, data_loader, device
+) -> List[Site]:
+    """Measure the inputs of the named activations over a loader's images, in evaluation mode."""
+    sums = {name: np.zeros(6) for name in names}
+    counts = {name: np.zeros(len(SITE_EDGES) - 1) for name in names}
+
+    def watch(name):
+        def hook(module, args):
+            x = args[0].float()  # before the module, which may work in place
+            relu = x.relu()
+            sums[name] += [1, 0, (x < 0).sum().item(), x.numel(),
+                           (activation(x) - relu).square().sum().item(),
+                           relu.square().sum().item()]
+            sums[name][1] = x.shape[-1]  # of the last call, behind a block's stride
+            counts[name] += np.histogram(x.cpu().numpy(), SITE_EDGES)[0]
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        predict(model.to(device), data_loader, device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [Site(name, round(calls / len(data_loader)), int(side), negative / n,
+                 math.sqrt(change / max(squares, 1e-12)), counts[name] / n)
+            for name, (calls, side, negative, n, change, squares) in sums.items()]
+
+
+def reestimate_statistics(model: nn.Module, data_loader, device) -> nn.Module:
+    """A copy whose batch norms' means and variances are those of a loader's images."""
+    copied = copy.deepcopy(model).to(device)
+    torch.optim.swa_utils.update_bn(data_loader, copied, device)
+    return copied.eval()
+
+
+def linear_probe(model: nn.Module, fit_loader, score_loader, device) -> np.ndarray:
+    """Which images a logistic regression on the input of ``model.fc`` gets right, bool (N,).
+
+    It is fitted on one loader's images and scored on the other's (Alain and Bengio 2016, arXiv
+    1610.01644).
+    """
+    body = copy.deepcopy(model)
+    body.fc = nn.Identity()
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    with torch.inference_mode(), evaluation_mode(body.to(device)):
+        (x, y), (scored, targets) = (
+            [torch.cat(part).numpy() for part in zip(*(
+                (body(to_device(images, t, device)[0]).cpu(), t) for images, t in loader))]
+            for loader in (fit_loader, score_loader))
+    return classifier.fit(x, y).predict(scored) == targets
+
+
+def overfit_one_batch(
+    model: nn.Module, images: torch.Tensor, targets: torch.Tensor, device, most_steps: int = 40
+) -> Tuple[List[float], int]:
+    """Train a copy on one batch until it is all right: (loss of each step, how many are right)."""
+    copied = copy.deepcopy(model).to(device)
+    training_mode(copied)
+    optimizer = torch.optim.Adam((p for p in copied.parameters() if p.requires_grad), lr=1e-3)
+    images, targets = to_device(images, targets, device)
+    losses = []
+    for _ in range(most_steps):
+        logits = copied(images)
+        loss = F.cross_entropy(logits, targets)
+        losses.append(loss.item())
+        n_right = (logits.argmax(1) == targets).sum().item()
+        if n_right == len(targets):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses, n_right
+
+
+def early_difference(history: History, control: History) -> Tuple[float, float, float]:
+    """(mean, low, high) of accuracy minus the control's over the first quarter of the moments.
+
+    The 95% interval is paired over the watched images. Raises ValueError without moments.
+    """
+    n = math.ceil(len(history.moments) / 4)
+    if not history.moments or not control.moments:
+        raise ValueError("there are no moments: give fit a watch_loader.")
+    means = [np.mean([right for _, right in h.moments[:n]], axis=0) for h in (history, control)]
+    return paired_interval(means[0] - means[1])
+
+
+def images_until_level(history: History, control: History, within: float = 0.01) -> str:
+    """Images seen at the first moment that is at most ``within`` behind the control's."""
+    for (n_images, right), (_, control_right) in zip(history.moments, control.moments):
+        if right.mean() >= control_right.mean() - within:
+            return f"after {n_images:,} images"
+    return "not yet in the first epoch"
+
+
+def exchange_sentence(exchanges: Dict[Tuple[str, str], PairedComparison]) -> str:
+    """What other activations cost a trained network: statistics that mismatch, or reliance.
+
+    ``exchanges`` is {(what, "as trained" or "estimated again"): exchanged minus own}.
+    """
+    parts = []
+    for what in dict.fromkeys(what for what, _ in exchanges):
+        plain, again = exchanges[what, "as trained"], exchanges[what, "estimated again"]
+        cost, left = -100 * plain.difference, -100 * again.difference
+        if again.high < 0:
+            parts.append(f"{what} costs {cost:.1f} points, and {left:.1f} with the statistics "
+                         "estimated again: the network leans on its own activation")
+        elif plain.high < 0:
+            parts.append(f"{what} costs {cost:.1f} points, and {left:.1f}, within chance, with the "
+                         "statistics estimated again: they no longer matched")
+        else:
+            parts.append(f"{what} shows no cost")
+    return "; ".join(parts) + "."
+
+
+def fit_sentence(history: History, probabilities: np.ndarray, targets: np.ndarray) -> str:
+    """Signs of over- and underfitting, from the last predictions of the validation images.
+
+    Over: validation loss ended more than two standard errors above its minimum. Under: training
+    accuracy, on augmented images, is still below validation accuracy.
+    """
+    last, lowest = history.epochs[-1], min(history.epochs, key=lambda m: m.val_loss)
+    losses = -np.log(np.maximum(probabilities[range(len(targets)), targets], 1e-38))
+    rise, error = last.val_loss - lowest.val_loss, losses.std(ddof=1) / math.sqrt(len(losses))
+    over = f"overfitting after epoch {lowest.epoch}" if rise > 2 * error else "no overfitting seen"
+    under = "underfitting" if last.train_accuracy < last.val_accuracy else "no underfitting seen"
+    return (f"{over}, {under}: validation loss ended {rise:.3f} above its minimum (standard error "
+            f"{error:.3f}); training accuracy {last.train_accuracy:.1%}, validation "
+            f"{last.val_accuracy:.1%}.")
+
+
+def confusion_sentence(matrix: np.ndarray, class_names: Sequence[str]) -> str:
+    """The two classes most often taken for each other, from a (C, C) confusion matrix."""
+    both = np.triu(matrix + matrix.T, k=1)
+    i, j = np.unravel_index(both.argmax(), both.shape)
+    return (f"{both[i, j]} of the {both.sum()} mistakes are between {class_names[i]} and "
+            f"{class_names[j]}." if both.any() else "None.")
+
+
 # ==== Pictures ===================================================================================
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito 2008).
@@ -1182,15 +1299,8 @@ def show(figure: Figure, description: str) -> None:
 
 def _figure(title: str, width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, int(11 * width)))
     return figure
-
-
-def to_display(images: torch.Tensor) -> np.ndarray:
-    """Undo the normalisation: float batch (B, 3, H, W) to uint8 array (B, H, W, 3)."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    pixels = (images.cpu().float() * std + mean).clamp(0, 1)
-    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def plot_images(images: Sequence[np.ndarray], captions: Sequence[str], title: str) -> Figure:
@@ -1207,19 +1317,24 @@ def plot_images(images: Sequence[np.ndarray], captions: Sequence[str], title: st
 
 
 def plot_histories(histories: Dict[str, History], title: str) -> Figure:
-    """Loss and accuracy of one or two trainings, {name: history}."""
-    figure = _figure(title, 10, 4)
-    axes = dict(zip(("loss", "accuracy"), figure.subplots(1, 2)))
+    """Loss and accuracy of one or two trainings, {name: history}, and the moments of epoch 1."""
+    panels = ["loss", "accuracy"] + ["moments"] * any(h.moments for h in histories.values())
+    figure = _figure(title, 11, 4)
+    axes = dict(zip(panels, figure.subplots(1, len(panels))))
     for (name, history), colour in zip(histories.items(), (BLUE, ORANGE)):
         for part, style in (("train", "--x"), ("val", "-o")):
             for quantity, scale in (("loss", 1), ("accuracy", 100)):
                 values = [scale * getattr(m, f"{part}_{quantity}") for m in history.epochs]
                 axes[quantity].plot([m.epoch for m in history.epochs], values, style,
                                     color=colour, markersize=4, label=f"{name}, {part}")
-    axes["loss"].set(ylabel="cross-entropy")
-    axes["accuracy"].set(ylabel="accuracy, %")
-    for axis in axes.values():
-        axis.set_xlabel("epoch")
+        if history.moments:
+            axes["moments"].plot([n for n, _ in history.moments],
+                                 [100 * right.mean() for _, right in history.moments], "-o",
+                                 color=colour, markersize=4)
+    labels = {"loss": ("epoch", "cross-entropy"), "accuracy": ("epoch", "accuracy, %"),
+              "moments": ("images seen in the first epoch", "accuracy on watched images, %")}
+    for panel, axis in axes.items():
+        axis.set(xlabel=labels[panel][0], ylabel=labels[panel][1])
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes["loss"].legend()
@@ -1229,11 +1344,8 @@ def plot_histories(histories: Dict[str, History], title: str) -> Figure:
 def plot_confusions(
     matrices: Dict[str, np.ndarray], class_names: Sequence[str], title: str
 ) -> Figure:
-    """Confusion matrices side by side; each cell has its count and is shaded by its row's share.
-
-    Only errors are shaded, so that the eye goes to them.
-    """
-    figure = _figure(title, 4.4 * len(matrices), 4)
+    """Confusion matrices side by side; errors are shaded by their share of the row."""
+    figure = _figure(title, max(6, 4.4 * len(matrices)), 4)
     for axis, (name, matrix) in zip(
             figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items()):
         shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
@@ -1245,4 +1357,29 @@ def plot_confusions(
         axis.set(title=name, xlabel="predicted", ylabel="true", xticks=ticks, yticks=ticks,
                  xticklabels=class_names, yticklabels=class_names)
         axis.grid(False)
+    return figure
+
+
+def plot_sites(sites: Dict[str, Sequence[Site]], activation: str, title: str) -> Figure:
+    """Histograms of what each place sees, {when: its sites}; ReLU and ``activation`` over them."""
+    n = len(next(iter(sites.values())))
+    rows, columns = math.ceil(n / 3), min(n, 3)
+    figure = _figure(title, max(6, 3.7 * columns), 2.6 * rows + 0.8)
+    axes, x = list(figure.subplots(rows, columns, squeeze=False).flat), torch.linspace(-4, 4, 81)
+    for axis in axes[n:]:
+        axis.axis("off")
+    for i, axis in enumerate(axes[:n]):
+        for (when, measured), colour, fill in zip(sites.items(), (GREY, BLUE), (True, False)):
+            axis.stairs(100 * measured[i].shares, SITE_EDGES, fill=fill, color=colour,
+                        label=f"inputs {when}")
+        curves = axis.twinx()
+        curves.plot(x, x.relu(), ":", color="black", label="ReLU")
+        curves.plot(x, ACTIVATIONS[activation]()(x), color=ORANGE, label=activation)
+        curves.set(ylim=(-0.5, 4), yticks=[])
+        axis.set(title=measured[i].name, xlabel="input", ylabel="share of inputs, %")
+        for each in (axis, curves):
+            each.grid(False)
+    handles, labels = (a + b for a, b in zip(
+        axis.get_legend_handles_labels(), curves.get_legend_handles_labels()))
+    curves.legend(handles, labels, fontsize=8, loc="upper left")
     return figure

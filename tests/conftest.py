@@ -65,6 +65,13 @@ def loaders(labelled_images):
             images[72:], labels[72:], train=False, image_size=32, batch_size=24, seed=7))
 
 
+def to_display(images):
+    """Undo the normalisation: float batch (B, 3, H, W) to uint8 array (B, H, W, 3)."""
+    mean, std = (np.array(v) for v in (helpers.IMAGENET_MEAN, helpers.IMAGENET_STD))
+    pixels = images.permute(0, 2, 3, 1).numpy() * std + mean
+    return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+
+
 def write_image_tree(data_dir, n_train=24, n_test=8, suffix=".png"):
     """The layout of the image-folder copies of CIFAR-10, filled with the stand-in's digits."""
     digits = helpers.make_stand_in(seed=3)

@@ -90,7 +90,7 @@ def test_damaged_official_files_are_named_and_neither_unpickled_nor_replaced_by_
     if damage == "removed":
         batch.rename(batch.with_name("mine"))
     for what in (BATCHES, ARCHIVE):
-        with pytest.raises(RuntimeError, match=rf"(?s){what} in .* damaged .*delete it.*\nRepair"):
+        with pytest.raises(RuntimeError, match=rf"^{what} in .* damaged .*delete it"):
             load(tmp_path)
         (tmp_path / ARCHIVE).write_bytes(archive.read_bytes()[:-100])
     shutil.copy(archive, tmp_path)
@@ -99,15 +99,13 @@ def test_damaged_official_files_are_named_and_neither_unpickled_nor_replaced_by_
     assert batch.with_name("mine").exists() == (damage == "removed")  # is left alone
 
 
-@pytest.mark.parametrize("name, load_from, message", [
-    (BATCHES, helpers.load_official, "official CIFAR-10 files .* cannot be read"),
-    (helpers.IMAGE_FOLDERS, helpers.load_image_folders, "image folders .* cannot be read"),
-    ("", load, "cannot be read")])
-def test_files_that_the_disk_does_not_give_are_one_sentence_and_not_the_stand_in(
-        tmp_path, name, load_from, message):
-    (tmp_path / name / "loop").symlink_to("loop") if not name else (tmp_path / name).symlink_to(name)
-    with pytest.raises(RuntimeError, match=message):
-        load_from(tmp_path / ("" if name else "loop"))
+@pytest.mark.parametrize("name", ["data", f"data/{helpers.IMAGE_FOLDERS}/test/cat"])
+def test_files_that_the_disk_does_not_give_are_one_sentence_and_not_the_stand_in(tmp_path, name):
+    write_image_tree(tmp_path / "data", 1, 1)
+    shutil.rmtree(tmp_path / name)
+    (tmp_path / name).symlink_to((tmp_path / name).name)  # to itself
+    with pytest.raises(RuntimeError, match="cannot be read .*symbolic.*: make room|test: Found no valid file.* cat"):
+        load(tmp_path / "data")
 
 
 def test_batches_on_another_disk_or_given_themselves_are_found_and_unpacked_into(
@@ -168,7 +166,7 @@ BROKEN_FOLDERS = {
 def test_a_broken_image_folder_is_named_and_never_replaced_by_the_stand_in(tmp_path, message):
     write_image_tree(tmp_path, 2, 2)
     BROKEN_FOLDERS[message](tmp_path / helpers.IMAGE_FOLDERS)
-    with pytest.raises(RuntimeError, match=f"- {helpers.IMAGE_FOLDERS}{message}.*\nRepair"):
+    with pytest.raises(RuntimeError, match=f"^{helpers.IMAGE_FOLDERS}{message}"):
         load(tmp_path)
 
 
@@ -203,7 +201,7 @@ class Handler(socketserver.StreamRequestHandler):
 @contextlib.contextmanager
 def serving(body, monkeypatch):
     """A server on loopback, its ``url`` and the ``requests`` it got, and an impatient client."""
-    for name, value in (("STALL_TIMEOUT", 0.5), ("DOWNLOAD_LIMIT", 3), ("PATIENCE", 2),
+    for name, value in (("STALL_TIMEOUT", 0.5), ("DOWNLOAD_LIMIT", 3), ("GRACE_SECONDS", 2),
                         ("LEAST_RATE", 1e9)):
         monkeypatch.setattr(helpers, name, value)
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
@@ -276,7 +274,7 @@ def test_torchvision_itself_is_the_last_source(server, tmp_path, monkeypatch):
         f"C.{name} = {value!r}\n" for name, value in official.items())
     patch += f"C.tgz_md5 = {helpers.ARCHIVE_MD5!r}\n"
     monkeypatch.setattr(helpers, "FETCH_BY_TORCHVISION", patch + helpers.FETCH_BY_TORCHVISION)
-    monkeypatch.setattr(helpers, "PATIENCE", 60)
+    monkeypatch.setattr(helpers, "GRACE_SECONDS", 60)
     monkeypatch.setattr(helpers, "DOWNLOAD_LIMIT", 60)
     data = load(tmp_path, urls=[REFUSED, url])
     assert len(data.train_labels) == 100 and "official" in data.source
@@ -284,7 +282,6 @@ def test_torchvision_itself_is_the_last_source(server, tmp_path, monkeypatch):
 
 
 def test_faulty_servers_give_way_and_the_archive_is_there_the_next_time(server, tmp_path):
-    (tmp_path / ARCHIVE).write_bytes(b"damaged")
     faults = ["trickle", "stall", "wrong", "missing"]
     data = load(tmp_path, urls=[f"{server.url}/{path}" for path in [*faults, "good", "never"]])
     assert "official" in data.source and data.source.endswith("from 127.0.0.1")
@@ -298,11 +295,11 @@ def test_a_download_that_a_full_disk_cannot_take_is_not_repeated_nor_replaced_by
         server, tmp_path, monkeypatch):
     full = "import sys; sys.stderr.write('OSError: [Errno 28] No space left on device\\n'); sys.exit(1)"
     monkeypatch.setattr(helpers, "FETCH", full)
-    with pytest.raises(RuntimeError, match="stored .No space.*make room.*\nRepair"):
+    with pytest.raises(RuntimeError, match="written .*No space.*make room"):
         load(tmp_path, urls=["http://one/", "http://two/"])
     assert os.listdir(tmp_path) == []
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(RuntimeError, match="stored .*make room.*\nRepair"):
+    with pytest.raises(RuntimeError, match="Not a directory.*make room"):
         load(tmp_path / "file" / "data", urls=[server.url + "/good"])
     assert not server.requests
 

@@ -65,6 +65,13 @@ def test_one_pair_says_no_more_than_its_interval_and_its_test(counts, said):
     assert said in helpers.comparison_sentence("SiLU", helpers.compare_paired(*pair(*counts)))
 
 
+@pytest.mark.parametrize("verdicts, verdict", [
+    (["supported"] * 2, "supported"), (["supported", "undecided"], "undecided"), ([], "undecided"),
+    (["undecided", "not supported"], "not supported")])
+def test_a_conjunction_has_one_verdict(verdicts, verdict):
+    assert helpers.judge_all(verdicts) == verdict
+
+
 def test_a_comparison_is_told_in_points():
     comparison = helpers.compare_paired(*pair(70, 15, 5, 10))
     assert comparison.line() == "+10.00 points (95% paired CI +1.31 to +18.69)"
@@ -79,14 +86,6 @@ def test_a_comparison_is_told_in_points():
     ((-0.2, 0.1), (-0.2, 0.2), "undecided")])
 def test_a_claim_is_judged_by_the_whole_interval(interval, claim, verdict):
     assert helpers.judge(*interval, *claim) == verdict
-
-
-def test_display_undoes_the_normalisation(labelled_images):
-    loader = helpers.make_loader(
-        *labelled_images, train=False, image_size=32, batch_size=90, seed=1)
-    images, _ = next(iter(loader))
-    assert np.array_equal(helpers.to_display(images), labelled_images[0])
-    assert (helpers.to_display(images + 9) == 255).all()  # brighter than white
 
 
 def test_the_image_grid_shows_every_image_with_its_caption():
@@ -104,12 +103,21 @@ WORSE = tuple(replace(m, val_accuracy=0.5) for m in EPOCHS)
 @pytest.mark.parametrize("epochs", [{"SiLU": EPOCHS}, {"SiLU": EPOCHS, "ReLU": WORSE}])
 def test_the_curves_hold_the_metrics(epochs):
     figure = helpers.plot_histories({k: helpers.History(v, 1.0) for k, v in epochs.items()}, "Title")
-    loss, accuracy = ([list(line.get_ydata()) for line in axis.lines] for axis in figure.axes)
+    loss, accuracy = ([list(line.get_ydata()) for line in axis.lines] for axis in figure.axes[:2])
     assert loss[:2] == [[0.9, 0.5], [0.8, 0.6]] and accuracy[:2] == [[60, 80], [62, 75]]
     assert all(list(line.get_xdata()) == [1, 2] for line in figure.axes[0].lines)
     assert accuracy[2:] == ([[60, 80], [50, 50]] if len(epochs) == 2 else [])
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert legend == [f"{name}, {part}" for name in epochs for part in ("train", "val")]
+    assert len(figure.axes) == 2
+
+
+def test_the_moments_of_the_first_epoch_have_a_picture_of_their_own():
+    moments = ((10, np.array([True, False])), (20, np.array([True, True])))
+    history = helpers.History(EPOCHS, 1.0, moments=moments)
+    figure = helpers.plot_histories({"SiLU": history, "ReLU": history}, "Title")
+    assert [list(line.get_xdata()) for line in figure.axes[2].lines] == [[10, 20]] * 2
+    assert list(figure.axes[2].lines[0].get_ydata()) == [50, 100]
 
 
 def test_confusions_show_every_count_and_shade_only_errors_by_their_rows_share():
@@ -124,13 +132,23 @@ def test_confusions_show_every_count_and_shade_only_errors_by_their_rows_share()
     assert figure.axes[0].images[0].get_array()[0, 1] == pytest.approx(0.2)
 
 
+def test_sites_are_drawn_with_both_activations():
+    site = helpers.Site("layer", 2, 3, 0.5, 0.1, np.full(80, 0.01))
+    for n in (1, 4):
+        figure = helpers.plot_sites({"before": [site] * n, "after": [site] * n}, "GELU", "Title")
+        assert [a.get_title() for a in figure.axes if a.get_title()] == ["layer"] * n
+        legend = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+        assert legend == ["inputs before", "inputs after", "ReLU", "GELU"]
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_users_own_style_brings_no_warning_and_no_line_through_a_matrix(capsys):
     style = {"figure.constrained_layout.use": True, "axes.grid": True, "figure.autolayout": False}
     with matplotlib.rc_context(style):
         figure = helpers.plot_confusions({"a": np.eye(2, dtype=int)}, ["cat", "dog"], "Title")
         histories = helpers.plot_histories({"a": helpers.History(EPOCHS, 1.0)}, "Title")
-        for made in (figure, histories):
+        site = helpers.Site("layer", 2, 3, 0.5, 0.1, np.full(80, 0.01))
+        for made in (figure, histories, helpers.plot_sites({"before": [site]}, "SiLU", "Title")):
             made.savefig(io.BytesIO(), format="png")
     assert not any(line.get_visible() for line in figure.axes[0].get_xgridlines())
 

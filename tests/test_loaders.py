@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset, random_split
 
 import helpers
+from conftest import to_display
 
 
 def make_loader(images, labels, train, image_size, batch_size, seed=1):
@@ -62,7 +63,7 @@ def test_each_training_image_is_cropped_and_flipped_on_its_own():
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
     crops = {padded[y:y + 32, x:x + 32][:, ::step].tobytes(): (y, x, step)
              for y in range(9) for x in range(9) for step in (1, -1)}
-    drawn = [crops[pixels.tobytes()] for pixels in helpers.to_display(next(iter(loader))[0])]
+    drawn = [crops[pixels.tobytes()] for pixels in to_display(next(iter(loader))[0])]
     ys, xs, steps = map(set, zip(*drawn))  # each is one of the 162 possible ones
     assert ys == xs == set(range(9)) and steps == {1, -1} and len(set(drawn)) > 30
 
@@ -81,7 +82,7 @@ def test_the_dataset_is_an_ordinary_one_and_grey_images_stay_grey(train):
         DataLoader(dataset, sampler=range(12), batch_size=None)]
     for loader in loaders:
         for x, y in loader:
-            pixels = helpers.to_display(x if x.ndim == 4 else x[None]).astype(int)
+            pixels = to_display(x if x.ndim == 4 else x[None]).astype(int)
             assert np.ptp(pixels, axis=-1).max() <= 1  # as grey as rounding lets it be
             assert pixels.shape[1:] == (40, 40, 3) and y.dtype == torch.int64
 

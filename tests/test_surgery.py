@@ -242,7 +242,7 @@ def test_a_damaged_cached_file_is_one_sentence_and_runs_no_code(hub, tiny_net, d
 @pytest.mark.parametrize("fault, name, part", [
     ("good", "resnet18", None), ("good", "resnet50", None), ("trickle", "resnet34", "too slow"),
     ("stall", "resnet18", "timed out"), ("wrong", "resnet18", "the file's sha256 is"),
-    ("missing", "resnet18", "HTTP Error 404"), ("loop", "resnet18", "cache cannot be read")])
+    ("missing", "resnet18", "HTTP Error 404"), ("loop", "resnet18", "cache cannot be used")])
 def test_weights_are_verified_and_kept_or_not(hub, tiny_net, monkeypatch, fault, name, part):
     before, sha256 = saved(tiny_net.state_dict()), hashlib.sha256(WEIGHTS).hexdigest()
     file = f"r-{sha256[:8]}.pth"

@@ -163,7 +163,7 @@ def test_the_time_is_for_the_pair_or_one(
         tiny_net, loaders, clock, monkeypatch, epochs, fitting, control, planned, pair):
     monkeypatch.setattr(helpers, "predict", lambda *args: clock.append(0.7))
     tiny_net.register_forward_pre_hook(lambda module, args: clock.append(0.1))
-    seconds = fitting / 0.85 + 0.3 + 0.7 + 1e-9  # an epoch takes 3 * 0.1 + 0.7, as measuring it does
+    seconds = fitting / 0.9 + 0.3 + 0.7 + 1e-9  # an epoch takes 3 * 0.1 + 0.7, as measuring it does
     recipe = replace(RECIPE, epochs=epochs)
     plan = helpers.plan_training(
         tiny_net, *loaders, recipe=recipe, device="cpu", dtype=FLOAT32, seconds=seconds,
@@ -172,7 +172,12 @@ def test_the_time_is_for_the_pair_or_one(
     assert plan.line.startswith(f"Epochs: {planned} of {epochs} for ")
     assert ("No control" in plan.line) == (control and not pair)
     assert max(map(len, plan.line.split("\n"))) <= 100
-    assert plan.seconds_each == pytest.approx(0.925 * fitting / 0.85 / (1 + pair), abs=1e-6)
+    assert plan.seconds_each == pytest.approx(0.95 * fitting / 0.9 / (1 + pair), abs=1e-6)
+    clock.clear()
+    watched = helpers.plan_training(
+        tiny_net, *loaders, recipe=recipe, device="cpu", dtype=FLOAT32, seconds=seconds + 1,
+        run_control=control, n_watched=10**6)
+    assert watched.recipe.epochs == 1 and not watched.run_control
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
@@ -263,6 +268,26 @@ def test_the_last_complete_epochs_weights_stay_however_training_ends(
     assert torch.equal(state_of(tiny_net), states[-1])  # the last, not the best
     expected = ([True] * 3 + [False]) * 6  # an epoch is 3 training batches, and 1 of validation
     assert calls == expected[:call or 4 * n_complete]
+
+
+def test_the_watched_images_are_predicted_at_moments_of_the_first_epoch(tiny_net, loaders):
+    twin = copy.deepcopy(tiny_net)
+    histories = []
+    for model, settings in ((tiny_net, dict(watch_loader=loaders[1], n_moments=2)), (twin, {})):
+        helpers.seed_everything(7, [loaders[0].generator])
+        histories.append(fit(model, loaders, replace(RECIPE, epochs=2), **settings))
+    assert [n for n, _ in histories[0].moments] == [48, 72] and histories[1].moments == ()
+    assert all(right.dtype == bool and right.shape == (18,) for _, right in histories[0].moments)
+    assert histories[0].moments[-1][1].mean() == histories[0].epochs[0].val_accuracy
+    assert torch.equal(state_of(tiny_net), state_of(twin))  # watching changes nothing
+
+
+def test_the_time_for_watched_images_does_not_count_for_later_epochs(
+        tiny_net, loaders, clock, monkeypatch):
+    tiny_net.register_forward_pre_hook(
+        lambda module, args: clock.append(1 if module.training else 10))
+    history = fit(tiny_net, loaders, watch_loader=loaders[1], n_moments=3, seconds_left=57)
+    assert len(history.epochs) == 2  # of 3 + 10 seconds each, and 30 for the watched images
 
 
 def test_an_interruption_after_the_last_epoch_leaves_a_complete_training(tiny_net, loaders):

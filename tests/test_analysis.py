@@ -1,0 +1,121 @@
+"""Analysis: the sites, the damage, the healing, the exchange, the sentences."""
+
+import copy
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import helpers
+from test_evaluation import EPOCHS, pair
+
+NAMES = ["features.2", "features.5", "relu"]
+
+
+def test_sites_are_measured_on_the_inputs_even_of_a_relu_that_works_in_place(tiny_net, loaders):
+    tiny_net.relu = nn.ReLU(inplace=True)
+    tiny_net.features[5] = tiny_net.relu  # one module at two places, called twice in a pass
+    inputs = []
+    tiny_net.relu.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
+    tiny_net.eval()(torch.cat([x for x, _ in loaders[1]]))
+    x = torch.cat([x.flatten() for x in inputs]).detach()
+    first, site = helpers.measure_sites(
+        tiny_net, ["features.2", "relu"], nn.SiLU(), loaders[1], "cpu")
+    assert (first.name, first.calls, first.side) == ("features.2", 1, 16)
+    assert (site.name, site.calls, site.side) == ("relu", 2, 8)
+    assert site.negative == pytest.approx((x < 0).float().mean().item())
+    change = (nn.SiLU()(x) - x.relu()).square().sum() / x.relu().square().sum()
+    assert site.change == pytest.approx(change.sqrt().item(), rel=1e-4)
+    inside = ((x >= -4) & (x <= 4)).float().mean().item()
+    assert site.shares.sum() == pytest.approx(inside) and len(site.shares) == 80
+    assert len(tiny_net.relu._forward_pre_hooks) == 1  # the test's own
+    assert not any(p.is_inference() for p in tiny_net.parameters())
+
+
+def test_statistics_are_estimated_again_on_a_copy(tiny_net, loaders):
+    before = copy.deepcopy(tiny_net.state_dict())
+    copied = helpers.reestimate_statistics(tiny_net.eval(), loaders[1], "cpu")
+    images = torch.cat([x for x, _ in loaders[1]])
+    features = tiny_net.features[0](images)
+    norm = copied.features[1]
+    assert torch.allclose(norm.running_mean, features.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(norm.running_var, features.var((0, 2, 3)), rtol=1e-3)
+    assert not any(m.training for m in copied.modules())
+    assert all(torch.equal(before[k], v) for k, v in tiny_net.state_dict().items())
+
+
+def test_a_probe_finds_what_features_say_and_not_what_they_do_not(tiny_net, loaders):
+    images = torch.cat([x for x, _ in loaders[0]])
+    targets = torch.cat([y for _, y in loaders[0]])
+    right = helpers.linear_probe(tiny_net, [(images, targets)], loaders[1], "cpu")
+    assert right.dtype == bool and right.shape == (18,) and right.mean() > 0.9
+    shuffled = [(images, targets[torch.randperm(72, generator=torch.Generator().manual_seed(1))])]
+    assert helpers.linear_probe(tiny_net, shuffled, loaders[1], "cpu").mean() < 0.8
+    assert isinstance(tiny_net.fc, nn.Linear) and tiny_net.training
+
+
+def test_a_batch_is_learnt_by_heart_on_a_copy_or_not_at_all(tiny_net, loaders):
+    images, targets = next(iter(loaders[0]))
+    before = copy.deepcopy(tiny_net.state_dict())
+    losses, n_right = helpers.overfit_one_batch(tiny_net, images, targets, "cpu", most_steps=400)
+    assert n_right == 24 and losses[-1] < losses[0] and len(losses) < 400
+    assert all(torch.equal(before[k], v) for k, v in tiny_net.state_dict().items())
+    tiny_net.requires_grad_(False).fc.requires_grad_(True)
+    same = images[:1].expand(24, -1, -1, -1)  # of which nobody can tell the classes
+    losses, n_right = helpers.overfit_one_batch(tiny_net, same, targets, "cpu", most_steps=5)
+    assert n_right < 24 and len(losses) == 5
+
+
+def history(*accuracies):
+    """Of watched images, 100 at each moment, of which the first are right."""
+    moments = tuple((10 * i, np.arange(100) < 100 * a) for i, a in enumerate(accuracies, start=1))
+    return helpers.History(EPOCHS, 1.0, moments=moments)
+
+
+@pytest.mark.parametrize("swapped, control, said", [
+    ((0.5, 0.6, 0.8), (0.7, 0.7, 0.8), "after 30 images"), ((0.7, 0.6), (0.7, 0.7), "after 10 images"),
+    ((0.5, 0.68), (0.7, 0.7), "not yet in the first epoch"), ((0.5, 0.69), (0.7, 0.7), "after 20 images")])
+def test_the_healing_is_told_in_images_seen(swapped, control, said):
+    assert helpers.images_until_level(history(*swapped), history(*control)) == said
+
+
+def test_the_early_difference_is_of_the_first_quarter_and_paired():
+    a, b = history(*[0.5] * 3, *[0.9] * 9), history(*[0.7] * 3, *[0.1] * 9)
+    mean, low, high = helpers.early_difference(a, b)
+    assert mean == pytest.approx(-0.2) and low < -0.2 < high < 0
+    assert high - low == pytest.approx(2 * 1.984 * (0.2 * 0.8 / 99) ** 0.5, rel=1e-3)
+    with pytest.raises(ValueError, match="watch_loader"):
+        helpers.early_difference(history(), b)
+
+
+@pytest.mark.parametrize("plain, again, said", [
+    ((900, 20, 21, 59), (900, 20, 21, 59), "shows no cost"),
+    ((900, 20, 21, 59), (900, 5, 40, 55), "costs 0.1 points, and 3.5 .*leans on its own"),
+    ((900, 5, 60, 35), (900, 20, 25, 55), "costs 5.5 points, and 0.5, within chance, .*matched"),
+    ((900, 5, 60, 35), (900, 5, 40, 55), "costs 5.5 points, and 3.5 .*leans on its own")])
+def test_mismatch_is_told_from_reliance(plain, again, said):
+    exchanges = {("SiLU → ReLU", "as trained"): helpers.compare_paired(*pair(*plain)),
+                 ("SiLU → ReLU", "estimated again"): helpers.compare_paired(*pair(*again))}
+    sentence = helpers.exchange_sentence(exchanges)
+    assert re.search(f"^SiLU → ReLU {said}", sentence) and sentence.endswith(".")
+
+
+@pytest.mark.parametrize("last_loss, accuracy, said", [
+    (0.6, 0.8, "no overfitting seen, no underfitting seen"),
+    (0.6, 0.7, "no overfitting seen, underfitting"),
+    (0.9, 0.8, "overfitting after epoch 2, no underfitting seen")])
+def test_overfitting_is_a_rise_beyond_the_standard_error(last_loss, accuracy, said):
+    third = replace(EPOCHS[1], epoch=3, val_loss=last_loss, train_accuracy=accuracy)
+    probabilities = np.tile([[0.8, 0.2], [0.3, 0.7]], (50, 1)).astype(np.float32)
+    sentence = helpers.fit_sentence(
+        helpers.History((*EPOCHS, third), 1.0), probabilities, np.zeros(100, dtype=int))
+    assert sentence.startswith(said) and f"{last_loss - 0.6:.3f} above its minimum" in sentence
+
+
+def test_the_most_frequent_confusion_is_named_in_either_direction():
+    matrix = np.array([[8, 1, 1], [0, 5, 4], [0, 2, 9]])
+    assert helpers.confusion_sentence(matrix, "abc") == "6 of the 8 mistakes are between b and c."
+    assert helpers.confusion_sentence(np.eye(2, dtype=int), "ab") == "None."
