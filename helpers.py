@@ -282,8 +282,10 @@ def load_imagenet_weights(model: nn.Module, name: str) -> Weights:
     except RuntimeError as error:
         return Weights(note=f"no ImageNet weights: {error}")
     try:
-        # weights_only: the file is data, whatever it holds; it never runs code.
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.0's, on its own storages
+            # weights_only: the file is data, whatever it holds; it never runs code.
+            state_dict = torch.load(path, map_location="cpu", weights_only=True)
         copy.deepcopy(model).load_state_dict(state_dict)  # a failed load leaves some weights set
         model.load_state_dict(state_dict)
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, keys, shapes
@@ -1176,7 +1178,9 @@ def measure_sites(
 def reestimate_statistics(model: nn.Module, data_loader, device) -> nn.Module:
     """A copy whose batch norms' means and variances are those of a loader's images."""
     copied = copy.deepcopy(model).to(device)
-    torch.optim.swa_utils.update_bn(data_loader, copied, device)
+    # A batch of one image has no variance where a map is a single pixel.
+    batches = (batch for batch in data_loader if len(batch[1]) > 1)
+    torch.optim.swa_utils.update_bn(batches, copied, device)
     return copied.eval()
 
 
@@ -1268,7 +1272,7 @@ def fit_sentence(history: History, probabilities: np.ndarray, targets: np.ndarra
     last, lowest = history.epochs[-1], min(history.epochs, key=lambda m: m.val_loss)
     losses = -np.log(np.maximum(probabilities[range(len(targets)), targets], 1e-38))
     rise, error = last.val_loss - lowest.val_loss, losses.std(ddof=1) / math.sqrt(len(losses))
-    over = f"overfitting after epoch {lowest.epoch}" if rise > 2 * error else "no overfitting seen"
+    over = f"Overfitting after epoch {lowest.epoch}" if rise > 2 * error else "No overfitting seen"
     under = "underfitting" if last.train_accuracy < last.val_accuracy else "no underfitting seen"
     return (f"{over}, {under}: validation loss ended {rise:.3f} above its minimum (standard error "
             f"{error:.3f}); training accuracy {last.train_accuracy:.1%}, validation "
@@ -1335,7 +1339,7 @@ def plot_histories(histories: Dict[str, History], title: str) -> Figure:
               "moments": ("images seen in the first epoch", "accuracy on watched images, %")}
     for panel, axis in axes.items():
         axis.set(xlabel=labels[panel][0], ylabel=labels[panel][1])
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, nbins=5)
         axis.grid(alpha=0.3)
     axes["loss"].legend()
     return figure

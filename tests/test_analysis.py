@@ -44,6 +44,9 @@ def test_statistics_are_estimated_again_on_a_copy(tiny_net, loaders):
     assert torch.allclose(norm.running_mean, features.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(norm.running_var, features.var((0, 2, 3)), rtol=1e-3)
     assert not any(m.training for m in copied.modules())
+    single = [(images[:1], torch.zeros(1)), (images, torch.zeros(18))]  # one image is left out
+    again = helpers.reestimate_statistics(tiny_net, single, "cpu").features[1]
+    assert torch.allclose(again.running_var, norm.running_var)
     assert all(torch.equal(before[k], v) for k, v in tiny_net.state_dict().items())
 
 
@@ -104,9 +107,9 @@ def test_mismatch_is_told_from_reliance(plain, again, said):
 
 
 @pytest.mark.parametrize("last_loss, accuracy, said", [
-    (0.6, 0.8, "no overfitting seen, no underfitting seen"),
-    (0.6, 0.7, "no overfitting seen, underfitting"),
-    (0.9, 0.8, "overfitting after epoch 2, no underfitting seen")])
+    (0.6, 0.8, "No overfitting seen, no underfitting seen"),
+    (0.6, 0.7, "No overfitting seen, underfitting"),
+    (0.9, 0.8, "Overfitting after epoch 2, no underfitting seen")])
 def test_overfitting_is_a_rise_beyond_the_standard_error(last_loss, accuracy, said):
     third = replace(EPOCHS[1], epoch=3, val_loss=last_loss, train_accuracy=accuracy)
     probabilities = np.tile([[0.8, 0.2], [0.3, 0.7]], (50, 1)).astype(np.float32)
