@@ -4,6 +4,7 @@
     python tests/benchmark.py --seeds 1337 1338      # this recipe alone, over seeds
     python tests/benchmark.py --speed                # the training loop against the bare loop
     python tests/benchmark.py --ablation             # the recipe with one part changed, cross-validated
+    python tests/benchmark.py --probe                # what a swap breaks before any training
 
 ``--weights random`` measures the recipe for random initialisation; ``--quick`` makes any of them
 short, on fewer images. Test images are read once per finished training and choose nothing; the
@@ -11,6 +12,7 @@ ablation uses the training images alone.
 """
 
 import argparse
+import itertools
 import platform
 import sys
 import time
@@ -46,14 +48,14 @@ def split(train, seed):
     return [(images[ids], labels[ids]) for ids in helpers.stratified_split(labels, 0.1, seed)]
 
 
-def network(seed, pretrained, activation="SiLU", frozen=()):
+def network(seed, pretrained, activation="SiLU", frozen=(), first=7):
     """ResNet-18 with its new head; ``activation`` "ReLU" leaves every nn.ReLU in place."""
     model, weights = helpers.build_model("resnet18", pretrained, seed)
     if pretrained and not weights.pretrained:
         raise SystemExit(weights.note)
     helpers.freeze(model, frozen, helpers.find_modules(model, nn.ReLU)[6][0])
     if activation != "ReLU":
-        helpers.replace_relu(model, helpers.ACTIVATIONS[activation], 7)
+        helpers.replace_relu(model, helpers.ACTIVATIONS[activation], first)
     helpers.replace_head(model, len(CLASS_NAMES), seed)
     return model
 
@@ -87,9 +89,21 @@ def right_answers(model, images, labels, size, dtype, mirror=False):
     return probabilities.argmax(1) == targets
 
 
+def make_sgd(model, recipe):
+    """In place of helpers.make_optimizer: SGD with Nesterov momentum."""
+    adamw = ADAMW(model, recipe)
+    return torch.optim.SGD([{k: group[k] for k in ("params", "weight_decay")}
+                            for group in adamw.param_groups],
+                           lr=recipe.lr, momentum=0.9, nesterov=True)
+
+
+ADAMW = helpers.make_optimizer
+
+
 def train_ours(fitting, validating, seed, recipe, args, dtype, activation="SiLU", batch_size=128,
-               augment=None):
+               augment=None, sgd=False):
     """One training as in the notebook: (model, history)."""
+    helpers.make_optimizer = make_sgd if sgd else ADAMW
     sizes = dict(image_size=recipe.image_size, batch_size=batch_size, seed=seed)
     train_loader = helpers.make_loader(*fitting, train=True, **sizes)
     val_loader = helpers.make_loader(*validating, train=False, **sizes)
@@ -123,7 +137,7 @@ def over_seeds(train, test, recipe, args, dtype):
 
 # ==== Ablation ===================================================================================
 
-CROP = [transforms.Pad(4, padding_mode="reflect"), transforms.RandomCrop(32)]
+CROP = [transforms.RandomCrop(32, padding=4, padding_mode="reflect")]
 FLIP = [transforms.RandomHorizontalFlip()]
 
 
@@ -137,12 +151,13 @@ VARIANTS = {
     "pretrained": {
         "recipe": {},
         "rate 2e-4": dict(lr=2e-4), "rate 1e-3": dict(lr=1e-3),
-        "SGD 0.01": dict(optimizer="SGD", lr=0.01, weight_decay=5e-4),
-        "SGD 0.03": dict(optimizer="SGD", lr=0.03, weight_decay=5e-4),
-        "SGD 0.1": dict(optimizer="SGD", lr=0.1, weight_decay=5e-4),
+        "SGD 0.01": dict(sgd=True, lr=0.01, weight_decay=5e-4),
+        "SGD 0.03": dict(sgd=True, lr=0.03, weight_decay=5e-4),
+        "SGD 0.1": dict(sgd=True, lr=0.1, weight_decay=5e-4),
         "nothing frozen, 3 epochs": dict(frozen=(), epochs=3),
         "layer2 frozen, too": dict(frozen=(*STEM, "layer2")),
         "128 px, 3 epochs": dict(image_size=128, epochs=3),
+        "128 px, 4 epochs": dict(image_size=128),
         "128 px, layer2 frozen, too, 3 epochs": dict(
             image_size=128, epochs=3, frozen=(*STEM, "layer2")),
         "160 px, layer2 frozen, too, 2 epochs": dict(
@@ -158,9 +173,10 @@ VARIANTS = {
     "random": {
         "recipe": {},
         "AdamW 1e-3": dict(lr=1e-3), "AdamW 6e-3": dict(lr=6e-3),
-        "SGD 0.03": dict(optimizer="SGD", lr=0.03, weight_decay=5e-4),
-        "SGD 0.1": dict(optimizer="SGD", lr=0.1, weight_decay=5e-4),
-        "SGD 0.3": dict(optimizer="SGD", lr=0.3, weight_decay=5e-4)}}
+        "batch 64": dict(batch_size=64), "48 px, 20 epochs": dict(image_size=48, epochs=20),
+        "SGD 0.03": dict(sgd=True, lr=0.03, weight_decay=5e-4),
+        "SGD 0.1": dict(sgd=True, lr=0.1, weight_decay=5e-4),
+        "SGD 0.3": dict(sgd=True, lr=0.3, weight_decay=5e-4)}}
 
 
 def ablate(train, recipe, args, dtype):
@@ -176,7 +192,7 @@ def ablate(train, recipe, args, dtype):
     of_recipe = None
     for name in ["recipe", *(args.only or list(VARIANTS[args.weights])[1:])]:
         change = dict(VARIANTS[args.weights][name])
-        extras = {key: change.pop(key) for key in ("batch_size", "augment") if key in change}
+        extras = {key: change.pop(key) for key in ("batch_size", "augment", "sgd") if key in change}
         variant, right, seconds = replace(recipe, **change), [], []
         for fit_ids, score_ids in folds[:args.folds]:
             scored = images[score_ids], labels[score_ids]
@@ -192,6 +208,37 @@ def ablate(train, recipe, args, dtype):
         difference = "" if name == "recipe" else f"{gain.mean():+.2f} ± {error:.2f}"
         print(f"| {name} | {np.mean(seconds) / 60:.1f} | {right.mean():.2%} | {difference} |",
               flush=True)
+
+
+# ==== Probe ======================================================================================
+
+
+def probe(train, recipe, args):
+    """Print the notebook's probe of every swap, over five splits and subsets: mean ± s.e. of five."""
+    def subset(part, n):
+        return helpers.make_loader(*(x[:n] for x in part), train=False, batch_size=100, seed=0,
+                                   image_size=recipe.image_size)
+
+    swaps = [("ReLU", 7), *itertools.product(helpers.ACTIVATIONS, (7, 4, 1))]
+    scores = np.zeros((5, len(swaps), 2))
+    for seed in range(5):
+        fitting, validating = ((images[order], labels[order]) for images, labels in split(train, seed)
+                               for order in [np.random.default_rng(seed).permutation(len(labels))])
+        loaders = subset(fitting, 600), subset(validating, 500)
+        for i, (activation, first) in enumerate(swaps):
+            model = network(0, True, activation, first=first)
+            again = helpers.reestimate_statistics(model, loaders[0], DEVICE)
+            scores[seed, i] = [helpers.linear_probe(m, *loaders, DEVICE).mean() for m in (model, again)]
+        print(f"split {seed} done", file=sys.stderr, flush=True)
+    print("| network, not trained | statistics as they are | difference to ReLU | statistics estimated "
+          "again | difference to ReLU |\n| --- | --- | --- | --- | --- |")
+    for i, (activation, first) in enumerate(swaps):
+        cells = [f"{activation} from {first}" if i else "ReLU, as it is"]
+        for kind in (0, 1):
+            gain = 100 * (scores[:, i, kind] - scores[:, 0, kind])
+            cells += [f"{scores[:, i, kind].mean():.1%}",
+                      f"{gain.mean():+.1f} ± {gain.std(ddof=1) / 5 ** 0.5:.1f}" if i else ""]
+        print("| " + " | ".join(cells) + " |")
 
 
 # ==== Two public recipes, with the same swap: PIL transforms, DataLoader, float32 ================
@@ -304,10 +351,9 @@ def measure_speed(train, recipe, args, dtype, steps, rounds):
 
     def bare():
         for _ in range(steps):
-            with helpers.autocast(DEVICE, dtype):
-                logits = model(x)
+            logits = helpers.forward(model, x, dtype)
             optimizer.zero_grad()
-            criterion(logits.float(), y).backward()
+            criterion(logits, y).backward()
             optimizer.step()
 
     def loading():
@@ -336,6 +382,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="1 epoch, an eighth of the images")
     parser.add_argument("--speed", action="store_true", help="only the speed of the loop")
+    parser.add_argument("--probe", action="store_true", help="what a swap breaks before training")
     parser.add_argument("--ablation", action="store_true", help="what each part brings")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="variants of the ablation")
     parser.add_argument("--folds", type=int, default=3, help="of the ablation, 1 to 3")
@@ -351,12 +398,14 @@ def main():
 
     helpers.seed_everything(1337)
     dtype, recipe = getattr(torch, args.precision), helpers.RECIPES[args.weights]
-    print(f"{processor()}\n{args.precision}, {helpers.environment_summary(DEVICE)}\n{recipe}")
+    print(f"{processor()}\n{args.precision}, {helpers.environment_summary(1337, DEVICE)}\n{recipe}")
     train, test = load(args.data_dir)
     if args.quick:
         train, test = (tuple(part[::8] for part in arrays) for arrays in (train, test))
         recipe = replace(recipe, epochs=1)
-    if args.ablation:
+    if args.probe:
+        probe(train, recipe, args)
+    elif args.ablation:
         ablate(train, recipe, args, dtype)
     elif args.seeds:
         over_seeds(train, test, recipe, args, dtype)

@@ -23,7 +23,7 @@ def test_sites_are_measured_on_the_inputs_even_of_a_relu_that_works_in_place(tin
     tiny_net.eval()(torch.cat([x for x, _ in loaders[1]]))
     x = torch.cat([x.flatten() for x in inputs]).detach()
     first, site = helpers.measure_sites(
-        tiny_net, ["features.2", "relu"], nn.SiLU(), loaders[1], "cpu")
+        tiny_net, ["features.2", "relu"], nn.SiLU(), next(iter(loaders[1])), "cpu")
     assert (first.name, first.calls, first.side) == ("features.2", 1, 16)
     assert (site.name, site.calls, site.side) == ("relu", 2, 8)
     assert site.negative == pytest.approx((x < 0).float().mean().item())
@@ -57,25 +57,25 @@ def test_a_probe_finds_what_features_say_and_not_what_they_do_not(tiny_net, load
     assert right.dtype == bool and right.shape == (18,) and right.mean() > 0.9
     shuffled = [(images, targets[torch.randperm(72, generator=torch.Generator().manual_seed(1))])]
     assert helpers.linear_probe(tiny_net, shuffled, loaders[1], "cpu").mean() < 0.8
-    assert isinstance(tiny_net.fc, nn.Linear) and tiny_net.training
+    assert isinstance(tiny_net.fc, nn.Linear)
 
 
 def test_a_batch_is_learnt_by_heart_on_a_copy_or_not_at_all(tiny_net, loaders):
-    images, targets = next(iter(loaders[0]))
+    images, targets = batch = next(iter(loaders[0]))
     before = copy.deepcopy(tiny_net.state_dict())
-    losses, n_right = helpers.overfit_one_batch(tiny_net, images, targets, "cpu", most_steps=400)
+    losses, n_right = helpers.overfit_one_batch(tiny_net, batch, "cpu", most_steps=400)
     assert n_right == 24 and losses[-1] < losses[0] and len(losses) < 400
     assert all(torch.equal(before[k], v) for k, v in tiny_net.state_dict().items())
     tiny_net.requires_grad_(False).fc.requires_grad_(True)
     same = images[:1].expand(24, -1, -1, -1)  # of which nobody can tell the classes
-    losses, n_right = helpers.overfit_one_batch(tiny_net, same, targets, "cpu", most_steps=5)
+    losses, n_right = helpers.overfit_one_batch(tiny_net, (same, targets), "cpu", most_steps=5)
     assert n_right < 24 and len(losses) == 5
 
 
 def history(*accuracies):
-    """Of watched images, 100 at each moment, of which the first are right."""
-    moments = tuple((10 * i, np.arange(100) < 100 * a) for i, a in enumerate(accuracies, start=1))
-    return helpers.History(EPOCHS, 1.0, moments=moments)
+    """Of some images, 100 at each step, of which the first are right."""
+    early = tuple((10 * i, np.arange(100) < 100 * a) for i, a in enumerate(accuracies, start=1))
+    return helpers.History(EPOCHS, 1.0, early=early)
 
 
 @pytest.mark.parametrize("swapped, control, said", [
@@ -87,28 +87,58 @@ def test_the_healing_is_told_in_images_seen(swapped, control, said):
 
 def test_the_early_difference_is_of_the_first_quarter_and_paired():
     a, b = history(*[0.5] * 3, *[0.9] * 9), history(*[0.7] * 3, *[0.1] * 9)
-    mean, low, high = helpers.early_difference(a, b)
-    assert mean == pytest.approx(-0.2) and low < -0.2 < high < 0
-    assert high - low == pytest.approx(2 * 1.984 * (0.2 * 0.8 / 99) ** 0.5, rel=1e-3)
-    with pytest.raises(ValueError, match="watch_loader"):
+    found = helpers.early_difference(a, b)
+    assert found.mean == pytest.approx(-0.2) and found.low < -0.2 < found.high < 0
+    assert found.high - found.low == pytest.approx(2 * 1.984 * (0.2 * 0.8 / 99) ** 0.5, rel=1e-3)
+    with pytest.raises(ValueError, match="early_loader"):
         helpers.early_difference(history(), b)
 
 
+def exchange(plain, again):
+    return {"SiLU → ReLU": {"as they are": helpers.compare_paired(*pair(*plain)),
+                            "estimated again": helpers.compare_paired(*pair(*again))}}
+
+
 @pytest.mark.parametrize("plain, again, said", [
-    ((900, 20, 21, 59), (900, 20, 21, 59), "shows no cost"),
-    ((900, 20, 21, 59), (900, 5, 40, 55), "costs 0.1 points, and 3.5 .*leans on its own"),
-    ((900, 5, 60, 35), (900, 20, 25, 55), "costs 5.5 points, and 0.5, within chance, .*matched"),
-    ((900, 5, 60, 35), (900, 5, 40, 55), "costs 5.5 points, and 3.5 .*leans on its own")])
+    ((900, 20, 21, 59), (900, 20, 21, 59), "-0.1 points, .* by -0.1: no clear cost."),
+    ((900, 20, 21, 59), (900, 5, 70, 25), "-0.1 points, .* by -6.5: reliance on its own activation."),
+    ((900, 5, 90, 5), (900, 20, 25, 55), "-8.5 points, .* by -0.5: statistics that no longer matched."),
+    ((500, 5, 490, 5), (900, 5, 70, 25), ": statistics .* matched and reliance on its own activation.")])
 def test_mismatch_is_told_from_reliance(plain, again, said):
-    exchanges = {("SiLU → ReLU", "as trained"): helpers.compare_paired(*pair(*plain)),
-                 ("SiLU → ReLU", "estimated again"): helpers.compare_paired(*pair(*again))}
-    sentence = helpers.exchange_sentence(exchanges)
-    assert re.search(f"^SiLU → ReLU {said}", sentence) and sentence.endswith(".")
+    sentence = helpers.exchange_sentence(exchange(plain, again))
+    assert re.search(f"^SiLU → ReLU changes accuracy by .*{said}$", sentence)
+
+
+@pytest.mark.parametrize("again, verdict", [
+    ((900, 0, 90, 10), "supported"), ((990, 5, 5, 0), "not supported"),
+    ((900, 15, 29, 56), "undecided")])
+def test_each_prediction_gets_one_verdict_and_its_numbers(again, verdict):
+    early, end = helpers.Difference(-0.1, -0.2, -0.01), helpers.Difference(0.0, -0.005, 0.02)
+    both = {"SiLU → ReLU": {"estimated again": helpers.compare_paired(*pair(*again))},
+            "ReLU → SiLU": {"estimated again": helpers.compare_paired(*pair(900, 0, 90, 10))}}
+    verdicts = helpers.judge_predictions("behind", early, end, both)
+    assert {name: v for name, (v, _) in verdicts.items()} == {
+        "Starts behind": "supported", "Ends level": "undecided", "Leans on its own activation": verdict}
+    assert verdicts["Starts behind"][1] == str(early)
+    assert verdicts["Leans on its own activation"][1].count("points") == 2
+    assert helpers.judge_predictions("level", early, end, both)["Starts level"][0] == "undecided"
+
+
+def test_statistics_that_mismatch_are_told_apart_by_estimating_them_again(tiny_net, loaders):
+    def score(model):
+        return helpers.right_answers(model, loaders[1], "cpu")
+
+    helpers.fit(tiny_net, *loaders, recipe=helpers.Recipe(3, 32, 0.02), device="cpu")
+    broken = copy.deepcopy(tiny_net)
+    broken.features[1].running_mean += 100
+    found = helpers.compare_statistics(score, broken, tiny_net, loaders[0], "cpu")
+    assert found["as they are"].accuracy_a < 0.5 < found["as they are"].accuracy_b
+    assert found["estimated again"].difference == helpers.Difference(0, 0, 0)
 
 
 @pytest.mark.parametrize("last_loss, accuracy, said", [
     (0.6, 0.8, "No overfitting seen, no underfitting seen"),
-    (0.6, 0.7, "No overfitting seen, underfitting"),
+    (0.6, 0.7, "No overfitting seen, perhaps underfitting"),
     (0.9, 0.8, "Overfitting after epoch 2, no underfitting seen")])
 def test_overfitting_is_a_rise_beyond_the_standard_error(last_loss, accuracy, said):
     third = replace(EPOCHS[1], epoch=3, val_loss=last_loss, train_accuracy=accuracy)

@@ -4,12 +4,10 @@ import contextlib
 import hashlib
 import os
 import pickle
-import re
 import shutil
 import socketserver
 import tarfile
 import threading
-import time
 import warnings
 
 import numpy as np
@@ -94,9 +92,12 @@ def test_damaged_official_files_are_named_and_neither_unpickled_nor_replaced_by_
             load(tmp_path)
         (tmp_path / ARCHIVE).write_bytes(archive.read_bytes()[:-100])
     shutil.copy(archive, tmp_path)
+    if name == "batches.meta":  # which torchvision does not unpack again
+        with pytest.raises(RuntimeError, match=f"^{BATCHES} in .* damaged"):
+            load(tmp_path)
+        shutil.rmtree(tmp_path / BATCHES)
     assert len(load(tmp_path).train_labels) == 100 and batch.read_bytes() == good
     assert set(os.listdir(tmp_path)) == {BATCHES, ARCHIVE}
-    assert batch.with_name("mine").exists() == (damage == "removed")  # is left alone
 
 
 @pytest.mark.parametrize("name", ["data", f"data/{helpers.IMAGE_FOLDERS}/test/cat"])
@@ -104,7 +105,7 @@ def test_files_that_the_disk_does_not_give_are_one_sentence_and_not_the_stand_in
     write_image_tree(tmp_path / "data", 1, 1)
     shutil.rmtree(tmp_path / name)
     (tmp_path / name).symlink_to((tmp_path / name).name)  # to itself
-    with pytest.raises(RuntimeError, match="cannot be read .*symbolic.*: make room|test: Found no valid file.* cat"):
+    with pytest.raises(RuntimeError, match="cannot be read .*: make room|/test: .* cat"):
         load(tmp_path / "data")
 
 
@@ -119,79 +120,53 @@ def test_batches_on_another_disk_or_given_themselves_are_found_and_unpacked_into
 
 @pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg"])
 def test_image_folders_are_read_class_by_class_in_the_order_of_their_names(tmp_path, suffix):
-    digits, data = write_image_tree(tmp_path, 3, 2, suffix), load(tmp_path, urls=[REFUSED])
+    digits = write_image_tree(tmp_path, 3, 2, suffix)
+    (tmp_path / helpers.IMAGE_FOLDERS / "train/cat/Thumbs.db").write_bytes(b"no image")
+    data = load(tmp_path, urls=[REFUSED])
     for split, n in (("train", 3), ("test", 2)):
         images, labels = (getattr(digits, f"{split}_{part}") for part in ("images", "labels"))
         expected = np.concatenate([images[labels == label][:n] for label in range(10)])
         difference = np.abs(getattr(data, f"{split}_images") - expected.astype(float)).mean()
         assert difference == 0 if suffix == ".png" else difference < 5
         assert getattr(data, f"{split}_labels").tolist() == np.repeat(range(10), n).tolist()
-    assert "INCOMPLETE: 50 of CIFAR-10's 60,000" in data.note and "not verified" in data.source
-    assert not data.is_stand_in and len(data.skipped) == 1 and "no official" in data.skipped[0]
+    assert "not verified" in data.source and not data.is_stand_in
+    assert len(data.skipped) == 1 and "no official" in data.skipped[0]
+    shutil.rmtree(tmp_path / helpers.IMAGE_FOLDERS / "train/ship")
     for folder in (tmp_path / helpers.IMAGE_FOLDERS, tmp_path):  # of the copy itself, or above it
-        shutil.rmtree(tmp_path / helpers.IMAGE_FOLDERS / "train/ship", ignore_errors=True)
         some = helpers.load_cifar10(folder, False, 1, ["cat", "dog"], urls=())
-        assert np.unique(some.train_labels).tolist() == [3, 5] and "of CIFAR-10's 12,000" in some.note
-    assert ("lossy" in data.note) == (suffix != ".png")
-
-
-def test_a_data_folder_can_be_given_from_the_users_home(archive, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    shutil.copytree(archive.parent / BATCHES, tmp_path / "cifar" / BATCHES)
-    assert load("~/cifar").source.startswith("official")
-
-
-def test_other_and_hidden_files_are_left_alone_and_one_jpeg_is_told(tmp_path):
-    write_image_tree(tmp_path, 1, 1)
-    for name in ("cat/Thumbs.db", "cat/._00003.png", ".hidden/a.png"):
-        path = tmp_path / helpers.IMAGE_FOLDERS / "train" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"no image")
-    assert len(load(tmp_path).train_labels) == 10 and "lossy" not in load(tmp_path).note
-    Image.new("RGB", (32, 32)).save(tmp_path / helpers.IMAGE_FOLDERS / "test/cat/a.jpg")
-    assert "lossy" in load(tmp_path).note
+        assert np.unique(some.train_labels).tolist() == [3, 5]
 
 
 BROKEN_FOLDERS = {
     "/train: .*frog": lambda f: shutil.rmtree(f / "train/frog"),
-    "/test: .*airplane": lambda f: shutil.rmtree(f / "test"),
     "/test: .*ship": lambda f: [p.unlink() for p in (f / "test/ship").iterdir()],
-    "/train/cat/n.png .*32, 31": lambda f: Image.new("RGB", (31, 32)).save(f / "train/cat/n.png"),
-    "/train/cat/a.png cannot": lambda f: (f / "train/cat/a.png").write_bytes(b"no image"),
-    "/test/cat/00001.png cannot": lambda f: os.truncate(f / "test/cat/00001.png", 90)}
+    "/train/cat/n.png is .*not 32": lambda f: Image.new("RGB", (31, 32)).save(f / "train/cat/n.png"),
+    "/train/cat/a.png is damaged": lambda f: (f / "train/cat/a.png").write_bytes(b"no image"),
+    "/test/cat/00001.png is": lambda f: os.truncate(f / "test/cat/00001.png", 90)}
 
 
 @pytest.mark.parametrize("message", BROKEN_FOLDERS)
 def test_a_broken_image_folder_is_named_and_never_replaced_by_the_stand_in(tmp_path, message):
     write_image_tree(tmp_path, 2, 2)
     BROKEN_FOLDERS[message](tmp_path / helpers.IMAGE_FOLDERS)
-    with pytest.raises(RuntimeError, match=f"^{helpers.IMAGE_FOLDERS}{message}"):
+    with pytest.raises(RuntimeError, match=message):
         load(tmp_path)
 
 
-def replies(body):
-    """Path to the pieces a server sends, and the seconds after each."""
-    unknown, ok = b"HTTP/1.0 200 OK\r\n\r\n", b"HTTP/1.0 200 OK\r\nContent-Length: %b\r\n\r\n"
-    good, moved = ok % str(len(body)).encode(), b"HTTP/1.0 302 Found\r\nLocation: %b\r\n\r\n"
-    return {
-        "word": ([ok % b"many" + body], 0), "good": ([good + body], 0), "unknown": ([unknown + body], 0),
-        "cut": ([good + body[:-1]], 0), "wrong": ([good + body[::-1]], 0),
-        "redirect": ([moved % b"/good"], 0), "astray": ([moved % b"http://127.0.0.1:port/"], 0),
-        "missing": ([b"HTTP/1.0 404 Not Found\r\n\r\n"], 0), "silent": ([b""], 5),
-        "stall": ([good + body[:100], b""], 5),
-        "headers": ([b"HTTP/1.0 200 OK\r\n"] + [b"X: y\r\n"] * 90, 0.1),
-        "slow": ([good + body[:9], *(body[i:i + 1] for i in range(9, 14)), body[14:]], 0.03),
-        "trickle": ([ok % b"1000000000"] + [b"x"] * 90, 0.1),
-        "endless": ([unknown] + [b"x" * 300_000] * 90, 0.1)}
-
-
 class Handler(socketserver.StreamRequestHandler):
+    """Answers a request for /<fault>/<name> as that fault demands."""
+
     def handle(self):
         request = b"".join(iter(self.rfile.readline, b"\r\n")).decode()
         self.server.requests.append(request)
-        path = re.sub(r"^http://[^/]*/", "/", request.split()[1])
-        pieces, pause = self.server.replies[path.split("/")[1]]
+        ok, body = b"HTTP/1.0 200 OK\r\n", self.server.body
+        head, moved = ok + b"Content-Length: %d\r\n\r\n" % len(body), b"HTTP/1.0 302 Found\r\n"
+        fault, _, name = request.split()[1].removeprefix("http://nowhere.invalid")[1:].partition("/")
+        pieces, pause = {
+            "good": ([head + body], 0), "wrong": ([head + body[::-1]], 0),
+            "redirect": ([moved + f"Location: /good/{name}\r\n\r\n".encode()], 0),
+            "missing": ([b"HTTP/1.0 404 Not Found\r\n\r\n"], 0),
+            "stall": ([head + body[:100], b""], 60), "headers": ([ok] + [b"X: y\r\n"] * 900, 0.1)}[fault]
         with contextlib.suppress(OSError):  # the client hung up
             for piece in pieces:
                 self.wfile.write(piece)
@@ -201,11 +176,9 @@ class Handler(socketserver.StreamRequestHandler):
 @contextlib.contextmanager
 def serving(body, monkeypatch):
     """A server on loopback, its ``url`` and the ``requests`` it got, and an impatient client."""
-    for name, value in (("STALL_TIMEOUT", 0.5), ("DOWNLOAD_LIMIT", 3), ("GRACE_SECONDS", 2),
-                        ("LEAST_RATE", 1e9)):
-        monkeypatch.setattr(helpers, name, value)
+    monkeypatch.setattr(helpers, "STALL_TIMEOUT", 0.5)
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        server.replies, server.requests, server.stopped = replies(body), [], threading.Event()
+        server.body, server.requests, server.stopped = body, [], threading.Event()
         server.url = f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
@@ -219,94 +192,64 @@ def server(archive, monkeypatch):
         yield server
 
 
-FAULTS = {
-    "trickle": "too slow, 0.0 MB", "headers": "too slow, 0.0 MB", "silent": "timed out",
-    "stall": "timed out", "cut": "the file's md5 is", "wrong": "the file's md5 is",
-    "missing": "HTTP Error 404: Not Found", "astray": "port", REFUSED: "refused",
-    "http://127.0.0.1:port/": "port", "http://127.0.0.1/ /": "URL", "http://[/": "Invalid IPv6",
-    "nonsense/": "unknown url type", "gopher:///": "unknown url type", "http:///a": "no host"}
+def test_faulty_servers_give_way_in_one_line_each_and_the_archive_is_there_the_next_time(
+        server, tmp_path):
+    faults = {"stall": "timed out", "wrong": "the file's md5 is", "missing": "404", "redirect": ""}
+    urls = [f"{server.url}/{fault}/{ARCHIVE}" for fault in [*faults, "never"]]
+    data = load(tmp_path / "new", urls=[REFUSED, *urls])
+    assert data.source == f"official CIFAR-10 batches, MD5 verified, from {server.url[7:]}"
+    assert len(data.train_labels) == 100 and len(data.skipped) == 6
+    for reason, said in zip(data.skipped[2:], ["refused", *faults.values()]):
+        assert reason.startswith("127.0.0.1:") and said in reason and "\n" not in reason
+    assert len(server.requests) == 5 and set(os.listdir(tmp_path / "new")) == {BATCHES, ARCHIVE}
+    assert "127.0.0.1" not in load(tmp_path / "new", urls=[urls[-1]]).source
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_server_or_url_is_one_sentence_soon_and_leaves_nothing_behind(
-        server, tmp_path, fault):
-    start, url = time.monotonic(), fault if "/" in fault else f"{server.url}/{fault}"
-    with pytest.raises(helpers.SourceUnavailable) as error:
-        helpers.download(url, tmp_path / "file", "md5", helpers.ARCHIVE_MD5)
-    message = str(error.value)
-    assert time.monotonic() - start < 5
-    assert message.startswith("127.0.0.1: " if "127" in url else "")
-    assert FAULTS[fault] in message and "\n" not in message and "Errno" not in message
-    assert error.type is helpers.SourceUnavailable and os.listdir(tmp_path) == []
+def test_a_download_ends_at_the_limit_whatever_the_server_does(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(helpers, "DOWNLOAD_LIMIT", 2)
+    with pytest.raises(helpers.SourceUnavailable, match="no file after 2 s"):
+        helpers.download(f"{server.url}/headers/a", tmp_path / "file", "md5", "")
+    assert server.requests and os.listdir(tmp_path) == []
 
 
-def test_an_endless_download_is_stopped_at_the_limit_however_fast(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(helpers, "LEAST_RATE", 0.1)
-    with pytest.raises(helpers.SourceUnavailable, match="too slow, .* in 3 s"):
-        helpers.download(f"{server.url}/endless", tmp_path / "file", "md5", "")
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("path", ["good", "redirect", "slow", "unknown", "word"])
-def test_a_server_that_delivers_in_time_is_used_whatever_it_says_of_the_length(
-        server, archive, tmp_path, path):
-    file = tmp_path / "new" / "file"
-    helpers.download(f"{server.url}/{path}", file, "md5", helpers.ARCHIVE_MD5)
-    assert file.read_bytes() == archive.read_bytes() and os.listdir(file.parent) == ["file"]
-    assert "urllib" not in server.requests[0]  # some hosts turn Python's own name away
-
-
-def test_a_file_url_is_named_and_a_proxy_set_after_a_failure_is_used(
+def test_a_proxy_that_is_set_after_a_failure_is_used_and_a_file_url_is_named(
         server, archive, tmp_path, monkeypatch):
-    data = load(tmp_path / "one", urls=[archive.as_uri()])
-    assert data.source.endswith(f"from {archive.as_uri()}")
-    with pytest.raises(helpers.SourceUnavailable):
-        helpers.download("http://nowhere.invalid/good", tmp_path / "file", "md5", "")
+    url = f"http://nowhere.invalid/good/{ARCHIVE}"
+    with pytest.raises(RuntimeError, match="- nowhere.invalid: "):
+        load(tmp_path / "one", allow_stand_in=False, urls=[url])
     monkeypatch.setenv("http_proxy", server.url.replace("127.0.0.1", "localhost"))
-    helpers.download("http://nowhere.invalid/good", tmp_path / "file", "md5", helpers.ARCHIVE_MD5)
+    assert load(tmp_path / "one", urls=[url]).source.endswith("from nowhere.invalid")
+    data = load(tmp_path / "two", urls=[archive.as_uri()])
+    assert data.source.endswith(f"from {archive.as_uri()}")
 
 
 def test_torchvision_itself_is_the_last_source(server, tmp_path, monkeypatch):
-    url = f"{server.url}/good"
+    url = f"{server.url}/good/{ARCHIVE}"
     monkeypatch.setattr(datasets.CIFAR10, "url", url)
-    official = {name: getattr(datasets.CIFAR10, name) for name in ("train_list", "test_list", "meta")}
-    patch = f"from torchvision.datasets import CIFAR10 as C\nC.url = {url!r}\n" + "".join(
-        f"C.{name} = {value!r}\n" for name, value in official.items())
-    patch += f"C.tgz_md5 = {helpers.ARCHIVE_MD5!r}\n"
+    patch = "\nfrom torchvision.datasets import CIFAR10\n" + "".join(
+        f"CIFAR10.{name} = {getattr(datasets.CIFAR10, name)!r}\n"
+        for name in ("url", "tgz_md5", "train_list", "test_list", "meta"))
     monkeypatch.setattr(helpers, "FETCH_BY_TORCHVISION", patch + helpers.FETCH_BY_TORCHVISION)
-    monkeypatch.setattr(helpers, "GRACE_SECONDS", 60)
-    monkeypatch.setattr(helpers, "DOWNLOAD_LIMIT", 60)
     data = load(tmp_path, urls=[REFUSED, url])
     assert len(data.train_labels) == 100 and "official" in data.source
-    assert set(os.listdir(tmp_path)) == {BATCHES, ARCHIVE}
+    assert set(os.listdir(tmp_path)) == {BATCHES, ARCHIVE} and "torchvision" not in server.requests[0]
 
 
-def test_faulty_servers_give_way_and_the_archive_is_there_the_next_time(server, tmp_path):
-    faults = ["trickle", "stall", "wrong", "missing"]
-    data = load(tmp_path, urls=[f"{server.url}/{path}" for path in [*faults, "good", "never"]])
-    assert "official" in data.source and data.source.endswith("from 127.0.0.1")
-    assert len(data.train_labels) == 100 and len(data.skipped) == 2 + len(faults)
-    assert all(FAULTS[fault] in reason for fault, reason in zip(faults, data.skipped[2:]))
-    assert len(server.requests) == 5 and set(os.listdir(tmp_path)) == {BATCHES, ARCHIVE}
-    assert "127.0.0.1" not in load(tmp_path, urls=[server.url + "/never"]).source
-
-
-def test_a_download_that_a_full_disk_cannot_take_is_not_repeated_nor_replaced_by_the_stand_in(
-        server, tmp_path, monkeypatch):
-    full = "import sys; sys.stderr.write('OSError: [Errno 28] No space left on device\\n'); sys.exit(1)"
+def test_a_disk_that_cannot_take_the_archive_is_one_sentence_and_not_the_stand_in(
+        tmp_path, monkeypatch):
+    full = "\nraise OSError(28, 'No space left on device')"
     monkeypatch.setattr(helpers, "FETCH", full)
-    with pytest.raises(RuntimeError, match="written .*No space.*make room"):
+    with pytest.raises(RuntimeError, match="written .*one: .*No space.*make room"):
         load(tmp_path, urls=["http://one/", "http://two/"])
     assert os.listdir(tmp_path) == []
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(RuntimeError, match="Not a directory.*make room"):
-        load(tmp_path / "file" / "data", urls=[server.url + "/good"])
-    assert not server.requests
+        load(tmp_path / "file" / "data", urls=["http://one/"])
 
 
 def test_the_stand_in_comes_last_if_allowed_or_each_source_and_its_fault_is_named(tmp_path):
     data = load(tmp_path, urls=[REFUSED])
-    assert data.is_stand_in and "STAND-IN" in data.source and "nothing about CIFAR-10" in data.note
+    assert data.is_stand_in and "STAND-IN" in data.source
     with pytest.raises(RuntimeError, match="Set ALLOW_STAND_IN") as error:
         load(tmp_path, allow_stand_in=False, urls=[REFUSED])
     for part, reason in zip(("no official", "no image folders", "refused"), data.skipped):
@@ -348,7 +291,7 @@ def test_new_ids_follow_ascending_cifar10_ids_whatever_holds_the_labels(as_given
     (lambda: helpers.class_mapping(["cat", "unicorn"]), "unicorn'.*each once"),
     (lambda: helpers.class_mapping(["cat", "cat"]), "'cat', 'cat'.*each once"),
     (lambda: helpers.filter_and_relabel(IMAGES, range(6), {0: 0, 9: 1}), r"id \[9\]"),
-    (lambda: helpers.filter_and_relabel(IMAGES, [0] * 5, {0: 0}), "6 images but 5 "),
+    (lambda: helpers.filter_and_relabel(IMAGES, [0] * 5, {0: 0}), r"\(5,\): .* each of 6 images"),
     (lambda: helpers.filter_and_relabel(IMAGES / 1.0, [0] * 6, {0: 0}), "images are float64"),
     (lambda: helpers.filter_and_relabel(IMAGES[:, 1:], [0] * 6, {0: 0}), r"\(6, 31, 32, 3\)"),
     (lambda: helpers.filter_and_relabel(IMAGES, [0.5] * 6, {0: 0}), "labels are float64"),

@@ -30,18 +30,18 @@ def test_the_exact_mcnemar_p_is_the_binomial_sum(counts, p_value):
 def test_the_paired_interval_is_the_textbook_one_and_signed():
     a, b = pair(70, 15, 5, 10)
     comparison, turned = helpers.compare_paired(a, b), helpers.compare_paired(b, a)
+    comparison, turned = comparison.difference, turned.difference
     half = 1.9842 * (a.astype(float) - b).std(ddof=1) / 10  # t quantile of 99 degrees of freedom
-    assert comparison.difference == pytest.approx(0.10)
+    assert comparison.mean == pytest.approx(0.10)
     assert (comparison.low, comparison.high) == pytest.approx((0.10 - half, 0.10 + half), abs=1e-4)
-    limits = turned.difference, turned.low, turned.high
-    assert limits == pytest.approx((-0.10, -comparison.high, -comparison.low))
+    assert (turned.mean, turned.low, turned.high) == pytest.approx((-0.10, -comparison.high, -comparison.low))
 
 
 @pytest.mark.parametrize("counts, difference, p_value", [
     ((5, 0, 0, 5), 0, 1), ((0, 6, 0, 0), 1, 2 / 2**6), ((0, 0, 6, 0), -1, 2 / 2**6)])
 def test_without_spread_the_interval_is_a_point(counts, difference, p_value, recwarn):
     result = helpers.compare_paired(*pair(*counts))
-    assert (result.difference, result.low, result.high) == (difference,) * 3 and not recwarn
+    assert result.difference == helpers.Difference(*[difference] * 3) and not recwarn
     assert result.p_value == pytest.approx(p_value)
 
 
@@ -65,16 +65,12 @@ def test_one_pair_says_no_more_than_its_interval_and_its_test(counts, said):
     assert said in helpers.comparison_sentence("SiLU", helpers.compare_paired(*pair(*counts)))
 
 
-@pytest.mark.parametrize("verdicts, verdict", [
-    (["supported"] * 2, "supported"), (["supported", "undecided"], "undecided"), ([], "undecided"),
-    (["undecided", "not supported"], "not supported")])
-def test_a_conjunction_has_one_verdict(verdicts, verdict):
-    assert helpers.judge_all(verdicts) == verdict
-
-
-def test_a_comparison_is_told_in_points():
-    comparison = helpers.compare_paired(*pair(70, 15, 5, 10))
-    assert comparison.line() == "+10.00 points (95% paired CI +1.31 to +18.69)"
+def test_a_comparison_is_told_in_four_lines():
+    lines = helpers.comparison_lines("GELU", helpers.compare_paired(*pair(70, 15, 5, 10)), 3)
+    assert lines.split("\n") == [
+        "Test accuracy: GELU 85.0% | ReLU control 75.0% (epoch 3)",
+        "Right only with GELU: 15 images | only with ReLU: 5",
+        "Difference: +10.00 points (95% paired CI +1.31 to +18.69)", "Exact McNemar p: 0.0414"]
 
 
 @pytest.mark.parametrize("interval, claim, verdict", [
@@ -85,7 +81,7 @@ def test_a_comparison_is_told_in_points():
     ((0.2, 0.3), (-0.2, 0.2), "not supported"), ((0.1, 0.1), (-0.2, 0.2), "undecided"),
     ((-0.2, 0.1), (-0.2, 0.2), "undecided")])
 def test_a_claim_is_judged_by_the_whole_interval(interval, claim, verdict):
-    assert helpers.judge(*interval, *claim) == verdict
+    assert helpers.judge(helpers.Difference(0.0, *interval), *claim) == verdict
 
 
 def test_the_image_grid_shows_every_image_with_its_caption():
@@ -109,12 +105,11 @@ def test_the_curves_hold_the_metrics(epochs):
     assert accuracy[2:] == ([[60, 80], [50, 50]] if len(epochs) == 2 else [])
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert legend == [f"{name}, {part}" for name in epochs for part in ("train", "val")]
-    assert len(figure.axes) == 2
 
 
-def test_the_moments_of_the_first_epoch_have_a_picture_of_their_own():
-    moments = ((10, np.array([True, False])), (20, np.array([True, True])))
-    history = helpers.History(EPOCHS, 1.0, moments=moments)
+def test_the_first_epoch_has_a_picture_of_its_own():
+    early = ((10, np.array([True, False])), (20, np.array([True, True])))
+    history = helpers.History(EPOCHS, 1.0, early=early)
     figure = helpers.plot_histories({"SiLU": history, "ReLU": history}, "Title")
     assert [list(line.get_xdata()) for line in figure.axes[2].lines] == [[10, 20]] * 2
     assert list(figure.axes[2].lines[0].get_ydata()) == [50, 100]
@@ -137,8 +132,8 @@ def test_sites_are_drawn_with_both_activations():
     for n in (1, 4):
         figure = helpers.plot_sites({"before": [site] * n, "after": [site] * n}, "GELU", "Title")
         assert [a.get_title() for a in figure.axes if a.get_title()] == ["layer"] * n
-        legend = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
-        assert legend == ["inputs before", "inputs after", "ReLU", "GELU"]
+        legends = [[t.get_text() for t in a.get_legend().get_texts()] for a in figure.axes[:2]]
+        assert legends == [["inputs before", "inputs after"], ["ReLU", "GELU"]]
 
 
 @pytest.mark.filterwarnings("error")
@@ -156,6 +151,6 @@ def test_a_users_own_style_brings_no_warning_and_no_line_through_a_matrix(capsys
 def test_a_figure_is_shown_as_a_picture_with_alternative_text(monkeypatch):
     shown = []
     monkeypatch.setattr(IPython.display, "display", lambda *args, **kw: shown.append((args, kw)))
-    helpers.show(helpers.plot_images(np.zeros((1, 32, 32, 3), np.uint8), "a", "Title"), "One image")
+    helpers.show(helpers.plot_images(np.zeros((1, 32, 32, 3), np.uint8), "a", "One image"))
     ((image,), settings), = shown
     assert image.data.startswith(b"\x89PNG") and settings["metadata"]["image/png"]["alt"] == "One image"

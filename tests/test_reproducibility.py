@@ -78,13 +78,13 @@ def test_seeding_asks_for_determinism_and_the_summary_tells_it(monkeypatch):
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
     memory = types.SimpleNamespace(fill_uninitialized_memory=True)
     monkeypatch.setattr(torch.utils, "deterministic", memory, raising=False)
-    summary = "Seed: 42 | cudnn.deterministic={} | cudnn.benchmark={}"
-    assert helpers.determinism_summary(42) == summary.format(False, True)
+    summary = "\nSeed: 42 | cudnn.deterministic={} | cudnn.benchmark={}"
+    assert helpers.environment_summary(42, "cpu").endswith(summary.format(False, True))
     for workspace in (":4096:8", ":16:8"):  # the default, and the user's own
         helpers.seed_everything(42)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == workspace
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    assert helpers.determinism_summary(42) == summary.format(True, False)
+    assert helpers.environment_summary(42, "cpu").endswith(summary.format(True, False))
     assert torch.are_deterministic_algorithms_enabled() and not memory.fill_uninitialized_memory
     assert torch.is_deterministic_algorithms_warn_only_enabled()
 
@@ -98,7 +98,7 @@ def test_the_device_is_cuda_then_mps_then_cpu(monkeypatch):
 
 def test_the_environment_is_one_line_of_versions_and_the_source_has_its_hash():
     versions = r"Python {0} \| torch {0} \| torchvision {0} \| device: cpu".format(r"\d+\.\d+\.\d+")
-    assert re.fullmatch(versions, helpers.environment_summary(torch.device("cpu")))
+    assert re.fullmatch(versions, helpers.environment_summary(1, torch.device("cpu")).split("\n")[0])
     assert helpers.SOURCE_SHA256 == hashlib.sha256(Path(helpers.__file__).read_bytes()).hexdigest()
 
 
