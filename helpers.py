@@ -842,8 +842,8 @@ def plan_training(
     pair = bool(run_control) and fitting[1] >= least
     epochs = max(1, fitting[pair])
     networks = "each of two networks" if pair else "one network"
-    line = (f"Epochs: {epochs} of {recipe.epochs} for {networks}, about {epoch_seconds:.0f} s each, "
-            f"in a budget of {seconds / 60:g} min")
+    line = (f"Epochs: {epochs} of {recipe.epochs} for {networks}, about {epoch_seconds:.0f} s each,"
+            f" in a budget of {seconds / 60:g} min")
     if run_control and not pair:
         line += f"\nNo control: a pair would get fewer than {least} each"
     return Plan(replace(recipe, epochs=epochs), pair, each[pair], line + ".")
@@ -980,8 +980,9 @@ def comparison_sentence(name: str, comparison: PairedComparison) -> str:
     difference = comparison.difference
     if difference.low <= 0 <= difference.high or comparison.p_value >= 0.05:
         return f"In this run {name} and ReLU do not differ measurably."
-    better = "better" if difference.low > 0 else "worse"
-    return f"In this run {name} is {better} than ReLU; one seed cannot tell the swap from chance."
+    higher = "higher" if difference.low > 0 else "lower"
+    return (f"In this run {name} scored {100 * abs(difference.mean):.1f} points {higher} than ReLU "
+            "on the same images; one seed cannot say whether by the swap or by chance.")
 
 
 def comparison_lines(name: str, comparison: PairedComparison, epoch: int) -> str:
@@ -1169,12 +1170,13 @@ def fit_sentence(history: History, probabilities: np.ndarray, targets: np.ndarra
     last, lowest = history.epochs[-1], min(history.epochs, key=lambda m: m.val_loss)
     losses = -np.log(np.maximum(probabilities[range(len(targets)), targets], 1e-38))
     rise, error = last.val_loss - lowest.val_loss, losses.std(ddof=1) / math.sqrt(len(losses))
-    over = f"Overfitting after epoch {lowest.epoch}" if rise > 2 * error else "No overfitting seen"
-    is_under = last.train_accuracy < last.val_accuracy
-    under = "perhaps underfitting" if is_under else "no underfitting seen"
-    return (f"{over}, {under}: validation loss ended {rise:.3f} above its minimum (standard error "
-            f"{error:.3f}); training accuracy {last.train_accuracy:.1%}, validation "
-            f"{last.val_accuracy:.1%}.")
+    gap = 100 * (last.train_accuracy - last.val_accuracy)
+    trend = (f"ended {rise:.3f} above its minimum of epoch {lowest.epoch} (standard error "
+             f"{error:.3f})" if rise else "was lowest in the last epoch")
+    sign = ("overfitting" if rise > 2 * error else "perhaps underfitting" if gap < 0 else
+            "no harmful overfitting seen")
+    return (f"Validation loss {trend}, and training accuracy is {gap:+.1f} points from validation "
+            f"accuracy ({last.train_accuracy:.1%} and {last.val_accuracy:.1%}): {sign}.")
 
 
 def confusion_sentence(matrix: np.ndarray, class_names: Sequence[str]) -> str:
@@ -1231,9 +1233,10 @@ def plot_histories(histories: Dict[str, History], title: str) -> Figure:
                           style, color=colour, markersize=4, label=f"{name}, {part}")
         early.plot([n for n, _ in history.early], [100 * r.mean() for _, r in history.early],
                    "-o", color=colour, markersize=4)
-    loss.set(xlabel="epoch", ylabel="cross-entropy")
-    accuracy.set(xlabel="epoch", ylabel="accuracy, %")
-    early.set(xlabel="images seen in the first epoch", ylabel="accuracy on some images, %")
+    loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
+    accuracy.set(title="Accuracy", xlabel="epoch", ylabel="accuracy, %")
+    early.set(title="Within the first epoch", xlabel="training images seen",
+              ylabel="accuracy, %")
     for axis in figure.axes:
         axis.xaxis.get_major_locator().set_params(integer=True, nbins=5)
         axis.grid(alpha=0.3)
@@ -1268,14 +1271,15 @@ def plot_sites(sites: Dict[str, Sequence[Site]], activation: str, title: str) ->
     for i, place in enumerate(places, start=1):
         axis = figure.add_subplot(rows, 3, i)
         for when, site, colour in zip(sites, place, (GREY, BLUE)):
-            axis.stairs(100 * site.shares, SITE_EDGES, color=colour, fill=colour == GREY,
-                        label=f"inputs {when}")
+            axis.stairs(100 * site.shares, SITE_EDGES, color=colour, label=when,
+                        fill=colour == GREY)
         curves = axis.twinx()
         curves.plot(x, x.relu(), ":", color="black", label="ReLU")
         curves.plot(x, ACTIVATIONS[activation]()(x), color=ORANGE, label=activation)
-        curves.set(ylim=(-0.5, 4), yticks=[])
+        curves.set(ylim=(-0.5, 4), ylabel="activation's output")
         axis.set(title=place[0].name, xlabel="input", ylabel="share of inputs, %")
-        for each in (axis, curves):
-            each.grid(False)
-            each.legend(fontsize=8, loc="upper left" if each is axis else "center left")
+        axis.grid(False)
+        curves.grid(False)
+    handles = [h for a in figure.axes[:2] for h in a.get_legend_handles_labels()[0]]
+    figure.axes[1].legend(handles=handles, fontsize=8, loc="upper left")
     return figure

@@ -137,15 +137,15 @@ def test_statistics_that_mismatch_are_told_apart_by_estimating_them_again(tiny_n
 
 
 @pytest.mark.parametrize("last_loss, accuracy, said", [
-    (0.6, 0.8, "No overfitting seen, no underfitting seen"),
-    (0.6, 0.7, "No overfitting seen, perhaps underfitting"),
-    (0.9, 0.8, "Overfitting after epoch 2, no underfitting seen")])
+    (0.6, 0.8, "was lowest in the last epoch, .* is +5.0 points .*: no harmful overfitting seen"),
+    (0.61, 0.7, "ended 0.010 above .* epoch 2 .* is -5.0 points .*: perhaps underfitting"),
+    (0.9, 0.8, "ended 0.300 above .* epoch 2 .* points .*: overfitting")])
 def test_overfitting_is_a_rise_beyond_the_standard_error(last_loss, accuracy, said):
     third = replace(EPOCHS[1], epoch=3, val_loss=last_loss, train_accuracy=accuracy)
     probabilities = np.tile([[0.8, 0.2], [0.3, 0.7]], (50, 1)).astype(np.float32)
     sentence = helpers.fit_sentence(
         helpers.History((*EPOCHS, third), 1.0), probabilities, np.zeros(100, dtype=int))
-    assert sentence.startswith(said) and f"{last_loss - 0.6:.3f} above its minimum" in sentence
+    assert re.search(f"^Validation loss {said.replace('+', '[+]')}[.]$", sentence)
 
 
 def test_the_most_frequent_confusion_is_named_in_either_direction():
