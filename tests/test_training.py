@@ -39,6 +39,11 @@ def test_the_best_epoch_is_the_first_best_one():
     assert helpers.History(epochs, 1.0).best.epoch == 2
 
 
+def test_batches_are_channels_last_but_on_mps_where_batch_norm_fails():
+    layouts = [helpers.memory_format(kind) for kind in ("cpu", "cuda", torch.device("mps"))]
+    assert layouts == [torch.channels_last, torch.channels_last, torch.contiguous_format]
+
+
 def test_the_optimiser_is_adamw_over_what_is_trained_and_decay_spares_vectors(tiny_net):
     tiny_net.features[0].requires_grad_(False)
     optimizer = helpers.make_optimizer(tiny_net, RECIPE)
