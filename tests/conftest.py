@@ -1,9 +1,6 @@
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -15,8 +12,6 @@ from PIL import Image
 from torch import nn
 
 import helpers
-
-torch.set_num_threads(2)
 
 CELLS = nbformat.read(ROOT / "ML_Assessment_Candidate.ipynb", as_version=4).cells
 (PARAMETERS,) = (c.source for c in CELLS if "parameters" in c.metadata.get("tags", []))
@@ -31,8 +26,7 @@ class TinyNet(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-        )
+            nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU())
         self.relu = nn.ReLU()
         self.fc = nn.Linear(16, n_classes)
 
@@ -59,10 +53,8 @@ def labelled_images():
 def loaders(labelled_images):
     images, labels = labelled_images
     return (
-        helpers.make_loader(
-            images[:72], labels[:72], train=True, image_size=32, batch_size=24, seed=7),
-        helpers.make_loader(
-            images[72:], labels[72:], train=False, image_size=32, batch_size=24, seed=7))
+        helpers.make_loader(images[:72], labels[:72], train=True, image_size=32, batch_size=24),
+        helpers.make_loader(images[72:], labels[72:], train=False, image_size=32, batch_size=24))
 
 
 def to_display(images):
@@ -76,7 +68,7 @@ def write_image_tree(data_dir, n_train=24, n_test=8, suffix=".png"):
     """The layout of the image-folder copies of CIFAR-10, filled with the stand-in's digits."""
     digits = helpers.make_stand_in(seed=3)
     for split, n in (("train", n_train), ("test", n_test)):
-        images, labels = getattr(digits, f"{split}_images"), getattr(digits, f"{split}_labels")
+        images, labels = getattr(digits, split)
         for label, name in enumerate(helpers.CIFAR10_CLASSES):
             folder = Path(data_dir) / helpers.IMAGE_FOLDERS / split / name
             folder.mkdir(parents=True)

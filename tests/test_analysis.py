@@ -1,4 +1,4 @@
-"""Analysis: the sites, the damage, the healing, the exchange, the sentences."""
+"""Analysis: the sites, the statistics, the probe, the healing, the verdicts, the sentences."""
 
 import copy
 import re
@@ -10,142 +10,106 @@ import torch
 from torch import nn
 
 import helpers
-from test_evaluation import EPOCHS, pair
-
-NAMES = ["features.2", "features.5", "relu"]
+from helpers import Difference
+from test_evaluation import EPOCHS
 
 
 def test_sites_are_measured_on_the_inputs_even_of_a_relu_that_works_in_place(tiny_net, loaders):
     tiny_net.relu = nn.ReLU(inplace=True)
     tiny_net.features[5] = tiny_net.relu  # one module at two places, called twice in a pass
-    inputs = []
-    tiny_net.relu.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
-    tiny_net.eval()(torch.cat([x for x, _ in loaders[1]]))
-    x = torch.cat([x.flatten() for x in inputs]).detach()
-    first, site = helpers.measure_sites(
-        tiny_net, ["features.2", "relu"], nn.SiLU(), next(iter(loaders[1])), "cpu")
-    assert (first.name, first.calls, first.side) == ("features.2", 1, 16)
-    assert (site.name, site.calls, site.side) == ("relu", 2, 8)
-    assert site.negative == pytest.approx((x < 0).float().mean().item())
-    change = (nn.SiLU()(x) - x.relu()).square().sum() / x.relu().square().sum()
-    assert site.change == pytest.approx(change.sqrt().item(), rel=1e-4)
-    inside = ((x >= -4) & (x <= 4)).float().mean().item()
-    assert site.shares.sum() == pytest.approx(inside) and len(site.shares) == 80
-    assert len(tiny_net.relu._forward_pre_hooks) == 1  # the test's own
-    assert not any(p.is_inference() for p in tiny_net.parameters())
+    batch = next(iter(loaders[1]))
+    once = tiny_net.eval().features[:5](batch[0]).detach().flatten()
+    x = torch.cat([once, once.relu()])
+    sites = helpers.measure_sites(tiny_net.train(), ["features.2", "relu"], nn.SiLU(), batch)
+    assert [(s.name, s.calls, s.side) for s in sites] == [("features.2", 1, 16), ("relu", 2, 8)]
+    change = (x * x.sigmoid() - x.relu()).norm() / x.relu().norm()
+    expected = pytest.approx([(x < 0).float().mean().item(), change.item()], rel=1e-4)
+    assert [sites[1].negative, sites[1].change] == expected
+    assert np.allclose(sites[1].shares, np.histogram(x, 80, (-4, 4))[0] / len(x), atol=1e-3)
+    assert not tiny_net.relu._forward_pre_hooks and tiny_net.training
 
 
-def test_statistics_are_estimated_again_on_a_copy(tiny_net, loaders):
-    before = copy.deepcopy(tiny_net.state_dict())
-    copied = helpers.reestimate_statistics(tiny_net.eval(), loaders[1], "cpu")
-    images = torch.cat([x for x, _ in loaders[1]])
-    features = tiny_net.features[0](images)
-    norm = copied.features[1]
-    assert torch.allclose(norm.running_mean, features.mean((0, 2, 3)), atol=1e-5)
-    assert torch.allclose(norm.running_var, features.var((0, 2, 3)), rtol=1e-3)
-    assert not any(m.training for m in copied.modules())
-    single = [(images[:1], torch.zeros(1)), (images, torch.zeros(18))]  # one image is left out
-    again = helpers.reestimate_statistics(tiny_net, single, "cpu").features[1]
-    assert torch.allclose(again.running_var, norm.running_var)
-    assert all(torch.equal(before[k], v) for k, v in tiny_net.state_dict().items())
+def test_statistics_behind_a_place_are_averaged_anew_over_batches_on_a_copy():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(3)]
+    model, before = nn.Sequential(*blocks), copy.deepcopy(nn.Sequential(*blocks))
+    batches = [(torch.randn(n, 3, 9, 9) * n, torch.zeros(n)) for n in (4, 2, 1)]
+    copied = helpers.reestimate_statistics(model, batches, "1.2")
+    assert not any(m.training for m in copied.modules()) and model.training
+    assert all(map(torch.equal, model.state_dict().values(), before.state_dict().values()))
+    assert [block[1].num_batches_tracked.item() for block in copied] == [0, 2, 2]
+    seen = [before[1][0](before.eval()[0](x)) for x, _ in batches[:2]]  # one has no variance
+    expected = [sum(f(x, dim=(0, 2, 3)) for x in seen) / 2 for f in (torch.mean, torch.var)]
+    assert all(map(torch.allclose, copied[1][1].buffers(), expected))
+    before[1][1].running_mean += 100
+    found = helpers.compare_statistics(
+        lambda m: m[1][1].running_mean[:1].numpy(), before, model, batches, "1.2")
+    mean = copied[1][1].running_mean[0].item()
+    assert found == {"as they are": (100, 0, Difference(100, 100, 100)),
+                     "estimated again": (mean, mean, Difference(0, 0, 0))}
 
 
-def test_a_probe_finds_what_features_say_and_not_what_they_do_not(tiny_net, loaders):
-    images = torch.cat([x for x, _ in loaders[0]])
-    targets = torch.cat([y for _, y in loaders[0]])
-    right = helpers.linear_probe(tiny_net, [(images, targets)], loaders[1], "cpu")
-    assert right.dtype == bool and right.shape == (18,) and right.mean() > 0.9
-    shuffled = [(images, targets[torch.randperm(72, generator=torch.Generator().manual_seed(1))])]
-    assert helpers.linear_probe(tiny_net, shuffled, loaders[1], "cpu").mean() < 0.8
-    assert isinstance(tiny_net.fc, nn.Linear)
+def test_a_probe_learns_from_one_loaders_images_and_is_scored_on_the_others(tiny_net, loaders):
+    right = helpers.linear_probe(tiny_net, *loaders)
+    assert right.shape == (18,) and right.mean() > 0.9 and isinstance(tiny_net.fc, nn.Linear)
+    turned = [(images, (targets + 1) % 3) for images, targets in loaders[0]]
+    assert helpers.linear_probe(tiny_net, turned, loaders[1]).mean() < 0.1
 
 
-def test_a_batch_is_learnt_by_heart_on_a_copy_or_not_at_all(tiny_net, loaders):
-    images, targets = batch = next(iter(loaders[0]))
-    before = copy.deepcopy(tiny_net.state_dict())
-    losses, n_right = helpers.overfit_one_batch(tiny_net, batch, "cpu", most_steps=400)
-    assert n_right == 24 and losses[-1] < losses[0] and len(losses) < 400
-    assert all(torch.equal(before[k], v) for k, v in tiny_net.state_dict().items())
-    tiny_net.requires_grad_(False).fc.requires_grad_(True)
-    same = images[:1].expand(24, -1, -1, -1)  # of which nobody can tell the classes
-    losses, n_right = helpers.overfit_one_batch(tiny_net, (same, targets), "cpu", most_steps=5)
-    assert n_right < 24 and len(losses) == 5
+def test_a_batch_is_learnt_by_heart_on_a_copy(tiny_net, loaders):
+    (images, targets), before = next(iter(loaders[0])), copy.deepcopy(tiny_net)
+    found = helpers.overfit_one_batch(tiny_net, (images, targets))
+    assert all(map(torch.equal, tiny_net.state_dict().values(), before.state_dict().values()))
+    assert found[0][0] == pytest.approx(nn.CrossEntropyLoss()(before(images), targets).item())
+    assert len(found) == 30 and found[-1][1] == 1 and found[-1][0] < found[0][0] / 1.5
 
 
-def history(*accuracies):
-    """Of some images, 100 at each step, of which the first are right."""
-    early = tuple((10 * i, np.arange(100) < 100 * a) for i, a in enumerate(accuracies, start=1))
-    return helpers.History(EPOCHS, 1.0, early=early)
+def test_the_healing_is_told_in_images_seen_and_by_the_first_quarter_of_the_steps():
+    def history(*n_right):
+        return helpers.History(early=[(n, np.arange(100) < k) for n, k in enumerate(n_right, 1000)])
+
+    swapped, control = history(25, 68, 70), history(50, 70, 70)
+    assert helpers.images_until_level(swapped, control) == "after 1,002 images"
+    assert helpers.images_until_level(swapped, control, within=0.25) == "after 1,000 images"
+    assert helpers.images_until_level(history(40), control) == "not yet in the first epoch"
+    found = helpers.early_difference(history(50, 70, 99, 99, 99), history(70, 70, 0, 0, 0))
+    assert found.mean == pytest.approx(-0.1) and found.low < -0.1 < found.high < 0
+    with pytest.raises(ValueError, match="give fit an early_loader"):
+        helpers.early_difference(history(50), history())
 
 
-@pytest.mark.parametrize("swapped, control, said", [
-    ((0.5, 0.6, 0.8), (0.7, 0.7, 0.8), "after 30 images"), ((0.7, 0.6), (0.7, 0.7), "after 10 images"),
-    ((0.5, 0.68), (0.7, 0.7), "not yet in the first epoch"), ((0.5, 0.69), (0.7, 0.7), "after 20 images")])
-def test_the_healing_is_told_in_images_seen(swapped, control, said):
-    assert helpers.images_until_level(history(*swapped), history(*control)) == said
-
-
-def test_the_early_difference_is_of_the_first_quarter_and_paired():
-    a, b = history(*[0.5] * 3, *[0.9] * 9), history(*[0.7] * 3, *[0.1] * 9)
-    found = helpers.early_difference(a, b)
-    assert found.mean == pytest.approx(-0.2) and found.low < -0.2 < found.high < 0
-    assert found.high - found.low == pytest.approx(2 * 1.984 * (0.2 * 0.8 / 99) ** 0.5, rel=1e-3)
-    with pytest.raises(ValueError, match="early_loader"):
-        helpers.early_difference(history(), b)
-
-
-def exchange(plain, again):
-    return {"SiLU → ReLU": {"as they are": helpers.compare_paired(*pair(*plain)),
-                            "estimated again": helpers.compare_paired(*pair(*again))}}
+@pytest.mark.parametrize("starts, early, end, again, initials", [
+    ("behind", (-0.2, -0.01), (-0.0099, 0.0099), [(-1, -0.02), (-1, -0.0101)], "sss"),
+    ("level", (-0.0199, 0.0199), (-0.0101, 0), [(-1, -0.02), (-1, -0.0099)], "suu"),
+    ("level", (-0.0201, 0), (0, 0.0101), [(-0.0099, 1), (-1, -0.0099)], "uun"),
+    ("behind", (0, 0.1), (0.01, 0.02), [(-1, -0.02), (-0.01, 0)], "nnn"),
+    ("level", (0, 0.0201), (0, 0.005), [(-1, -0.02)], "uss")])
+def test_each_prediction_gets_one_verdict(starts, early, end, again, initials):
+    found = helpers.judge_predictions(
+        starts, Difference(0, *early), Difference(0, *end), [Difference(0, *d) for d in again])
+    assert list(found) == [f"Starts {starts}", "Ends level", "Leans on its own activation"]
+    assert "".join(verdict[0] for verdict, _ in found.values()) == initials
+    assert found["Ends level"][1] == str(Difference(0, *end))
 
 
 @pytest.mark.parametrize("plain, again, said", [
-    ((900, 20, 21, 59), (900, 20, 21, 59), "-0.1 points, .* by -0.1: no clear cost."),
-    ((900, 20, 21, 59), (900, 5, 70, 25), "-0.1 points, .* by -6.5: reliance on its own activation."),
-    ((900, 5, 90, 5), (900, 20, 25, 55), "-8.5 points, .* by -0.5: statistics that no longer matched."),
-    ((500, 5, 490, 5), (900, 5, 70, 25), ": statistics .* matched and reliance on its own activation.")])
+    (-0.001, (-0.0009, 0.1), "statistics .* matched"), (0, (0.06, 0.1), "no clear cost"),
+    (-0.001, (0.06, 0.1), "statistics .* matched"), (0, (-0.1, -0.01), "no clear cost"),
+    (0, (-0.1, -0.0101), "reliance .*"), (0.05, (0.06, 0.1), "no clear cost"),
+    (-0.02, (-0.02, 0), "no clear cost"), (-0.3, (-0.2, -0.1), "stat.* matched and reliance .*")])
 def test_mismatch_is_told_from_reliance(plain, again, said):
-    sentence = helpers.exchange_sentence(exchange(plain, again))
-    assert re.search(f"^SiLU → ReLU changes accuracy by .*{said}$", sentence)
+    text = helpers.describe_exchange(Difference(-0.02, -1, plain), Difference(0.01, *again))
+    assert re.fullmatch(rf"-2[.]0 points, with .* again [+]1[.]0 \({said}\)", text)
 
 
-@pytest.mark.parametrize("again, verdict", [
-    ((900, 0, 90, 10), "supported"), ((990, 5, 5, 0), "not supported"),
-    ((900, 15, 29, 56), "undecided")])
-def test_each_prediction_gets_one_verdict_and_its_numbers(again, verdict):
-    early, end = helpers.Difference(-0.1, -0.2, -0.01), helpers.Difference(0.0, -0.005, 0.02)
-    both = {"SiLU → ReLU": {"estimated again": helpers.compare_paired(*pair(*again))},
-            "ReLU → SiLU": {"estimated again": helpers.compare_paired(*pair(900, 0, 90, 10))}}
-    verdicts = helpers.judge_predictions("behind", early, end, both)
-    assert {name: v for name, (v, _) in verdicts.items()} == {
-        "Starts behind": "supported", "Ends level": "undecided", "Leans on its own activation": verdict}
-    assert verdicts["Starts behind"][1] == str(early)
-    assert verdicts["Leans on its own activation"][1].count("points") == 2
-    assert helpers.judge_predictions("level", early, end, both)["Starts level"][0] == "undecided"
-
-
-def test_statistics_that_mismatch_are_told_apart_by_estimating_them_again(tiny_net, loaders):
-    def score(model):
-        return helpers.right_answers(model, loaders[1], "cpu")
-
-    helpers.fit(tiny_net, *loaders, recipe=helpers.Recipe(3, 32, 0.02), device="cpu")
-    broken = copy.deepcopy(tiny_net)
-    broken.features[1].running_mean += 100
-    found = helpers.compare_statistics(score, broken, tiny_net, loaders[0], "cpu")
-    assert found["as they are"].accuracy_a < 0.5 < found["as they are"].accuracy_b
-    assert found["estimated again"].difference == helpers.Difference(0, 0, 0)
-
-
-@pytest.mark.parametrize("last_loss, accuracy, said", [
-    (0.6, 0.8, "was lowest in the last epoch, .* is +5.0 points .*: no harmful overfitting seen"),
-    (0.61, 0.7, "ended 0.010 above .* epoch 2 .* is -5.0 points .*: perhaps underfitting"),
-    (0.9, 0.8, "ended 0.300 above .* epoch 2 .* points .*: overfitting")])
-def test_overfitting_is_a_rise_beyond_the_standard_error(last_loss, accuracy, said):
-    third = replace(EPOCHS[1], epoch=3, val_loss=last_loss, train_accuracy=accuracy)
-    probabilities = np.tile([[0.8, 0.2], [0.3, 0.7]], (50, 1)).astype(np.float32)
-    sentence = helpers.fit_sentence(
-        helpers.History((*EPOCHS, third), 1.0), probabilities, np.zeros(100, dtype=int))
-    assert re.search(f"^Validation loss {said.replace('+', '[+]')}[.]$", sentence)
+@pytest.mark.parametrize("val_loss, accuracy, gap, sign", [
+    (0.62, 0.75, "+0.0", "no harmful overfitting seen"),
+    (0.62, 0.7, "-5.0", "perhaps underfitting"), (0.621, 0.8, "+5.0", "overfitting")])
+def test_overfitting_is_a_rise_beyond_two_standard_errors(val_loss, accuracy, gap, sign):
+    last = replace(EPOCHS[1], epoch=3, val_loss=val_loss, train_accuracy=accuracy)
+    assert helpers.fit_sentence(helpers.History([*EPOCHS, last]), np.array([0.5, 0.7] * 50)) == (
+        f"Validation loss ended {val_loss - 0.6:.3f} above its minimum (epoch 2; standard error "
+        f"0.010), and training accuracy is {gap} points from validation accuracy: {sign}.")
 
 
 def test_the_most_frequent_confusion_is_named_in_either_direction():

@@ -14,17 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import helpers
 
-FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-STOP, DIVERGED = KeyboardInterrupt(), helpers.NonFiniteLoss
+BFLOAT16, STOP = torch.bfloat16, KeyboardInterrupt
 RECIPE = helpers.Recipe(4, 32, lr=0.02)
 
 
-def fit(model, loaders, recipe=RECIPE, **settings):
-    return helpers.fit(model, *loaders, recipe=recipe, **{"device": "cpu", **settings})
-
-
-def state_of(module):
-    return torch.cat([value.flatten().double() for value in module.state_dict().values()])
+def flat(state_dict):
+    return torch.cat([value.flatten().double() for value in state_dict.values()])
 
 
 @pytest.fixture
@@ -34,264 +29,171 @@ def clock(monkeypatch):
     return seconds
 
 
-def test_the_best_epoch_is_the_first_best_one():
-    epochs = tuple(helpers.EpochMetrics(i, 1, 0, 1, acc) for i, acc in enumerate([0.7, 0.8, 0.8], 1))
-    assert helpers.History(epochs, 1.0).best.epoch == 2
+def test_the_best_epoch_is_the_first_best_one_and_is_told_in_a_line():
+    epochs = [helpers.EpochMetrics(i, 0.51, 0.8, 1, a) for i, a in enumerate([0.7, 0.8, 0.8], 1)]
+    assert helpers.History(epochs).best.line(3) == (
+        "Epoch 2/3 | Train Loss: 0.510 | Train Acc: 80.0% | Val Loss: 1.000 | Val Acc: 80.0%")
 
 
-def test_batches_are_channels_last_but_on_mps_where_batch_norm_fails():
-    layouts = [helpers.memory_format(kind) for kind in ("cpu", "cuda", torch.device("mps"))]
-    assert layouts == [torch.channels_last, torch.channels_last, torch.contiguous_format]
+@pytest.mark.parametrize("start, epochs, size, recipe", [
+    ("pretrained", None, None, (4, 96, 5e-4, 0.05, 0.1, ("conv1", "bn1", "layer1"))),
+    ("random", None, None, (18, 48, 3e-3)), ("stand-in", None, None, (20, 32, 1e-3, 0.05, 0.1, ())),
+    ("random", np.int64(3), np.int64(64), (3, 64, 3e-3))])
+def test_a_recipe_takes_the_users_epochs_and_size_or_the_measured_ones(start, epochs, size, recipe):
+    found = helpers.pick_recipe(start, epochs, size)
+    assert found == helpers.Recipe(*recipe) and type(found.epochs) is type(found.image_size) is int
 
 
-def test_the_optimiser_is_adamw_over_what_is_trained_and_decay_spares_vectors(tiny_net):
-    tiny_net.features[0].requires_grad_(False)
-    optimizer = helpers.make_optimizer(tiny_net, RECIPE)
-    assert type(optimizer) is torch.optim.AdamW
-    assert [[p.ndim for p in g["params"]] for g in optimizer.param_groups] == [[4, 2], [1] * 6]
-    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.02, 0.05), (0.02, 0)]
-
-
-def test_a_recipe_takes_the_users_epochs_and_size_or_keeps_its_own():
-    own, recipe = helpers.RECIPES["random"], helpers.pick_recipe("random", np.int64(3), 48)
-    assert recipe == replace(own, epochs=3, image_size=48) and type(recipe.epochs) is int
-    assert helpers.pick_recipe("random", None, None) == own
-
-
-def test_frozen_parts_keep_weights_and_statistics_and_get_no_gradient(tiny_net, loaders):
+def test_frozen_parts_keep_their_weights_and_statistics(tiny_net, loaders):
     frozen = nn.ModuleList([tiny_net.features[0], tiny_net.features[1]]).requires_grad_(False)
-    before = state_of(frozen)
-    fit(tiny_net, loaders, replace(RECIPE, epochs=1))
-    assert torch.equal(state_of(frozen), before)
-    assert all(p.grad is None for p in frozen.parameters())
+    before = flat(frozen.state_dict())
+    helpers.fit(tiny_net, *loaders, recipe=RECIPE, early_loader=loaders[1])
+    assert torch.equal(flat(frozen.state_dict()), before)
     helpers.training_mode(tiny_net)
-    modes = [m.training for m in (*tiny_net.features, tiny_net.fc, tiny_net)]
-    assert modes == [False, False, True, True, True, True, True, True]
-
-
-def test_an_epoch_follows_the_criterion_and_reports_plain_means_over_images(tiny_net, loaders):
-    images, targets = next(iter(loaders[0]))
-    batches = [(images[i:i + 10], targets[i:i + 10]) for i in (0, 10, 20)]  # of 10, 10 and 4
-    twin, criterion = copy.deepcopy(tiny_net), nn.CrossEntropyLoss(label_smoothing=0.3)
-    optimizer, reference = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (tiny_net, twin))
-    scheduler, logits, steps = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5), [], []
-    for p in tiny_net.eval().parameters():  # the epoch itself switches to training mode
-        p.grad = torch.ones_like(p)  # left over from before: must not count
-    loss, accuracy = helpers.train_one_epoch(
-        tiny_net, criterion, optimizer, scheduler, batches, "cpu", FLOAT32,
-        lambda *args: steps.append(args))
-    for x, y in batches:
-        logits.append(twin(x))
-        reference.zero_grad()
-        criterion(logits[-1], y).backward()
-        reference.step()
-        reference.param_groups[0]["lr"] /= 2  # the schedule steps with every batch
-    assert torch.allclose(state_of(tiny_net), state_of(twin), atol=1e-5)
-    logits = torch.cat(logits)
-    assert loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
-    assert accuracy == pytest.approx((logits.argmax(1) == targets).float().mean().item())
-    assert steps == [(1, 10), (2, 20), (3, 24)]
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny_net, loaders):
-    before, optimizer = copy.deepcopy(tiny_net), torch.optim.SGD(tiny_net.parameters(), lr=0.5)
-    with pytest.raises(DIVERGED, match="-inf in step 1, .*5.00e-01"):
-        helpers.train_one_epoch(
-            tiny_net, lambda y, _: y.sum() - math.inf, optimizer, None, loaders[0], "cpu")
-    assert all(map(torch.equal, tiny_net.parameters(), before.parameters()))
+    assert [m.training for m in tiny_net.modules()] == [True] * 2 + [False] * 2 + [True] * 6
 
 
 def test_prediction_is_plain_unless_mirrored_and_in_evaluation_mode(tiny_net, loaders):
-    tiny_net.train().features[1].running_mean += 0.3
-    before = state_of(tiny_net)
-    one, targets = helpers.predict(tiny_net, loaders[1], "cpu")
-    both, _ = helpers.predict(tiny_net, loaders[1], "cpu", mirror=True)
-    assert torch.equal(state_of(tiny_net), before) and not any(m.training for m in tiny_net.modules())
-    right = helpers.right_answers(tiny_net, loaders[1], "cpu")
-    assert right.dtype == bool and right.tolist() == (one.argmax(1) == targets).tolist()
+    tiny_net.features[1].running_mean += 0.3
     images, labels = next(iter(loaders[1]))
-    plain, mirrored = (tiny_net.eval()(x).detach() for x in (images, images.flip(3)))
-    assert np.allclose(both, ((plain + mirrored) / 2).softmax(1), atol=1e-5)
-    assert np.allclose(one, plain.softmax(1), atol=1e-5) and not np.allclose(both, one, atol=1e-4)
-    assert one.dtype == np.float32 and targets.tolist() == labels.tolist()
-    for probabilities, mirror in ((one, False), (both, True)):
-        expected = -np.log(probabilities[range(18), labels]).mean(), (
-            probabilities.argmax(1) == targets).mean()
-        found = helpers.evaluate(tiny_net, loaders[1], "cpu", mirror=mirror)
-        assert found == pytest.approx(expected, rel=1e-5)
-    tiny_net.fc.register_forward_hook(lambda m, args, output: torch.tensor([[1e3, 0, 0]] * 18))
-    loss, accuracy = helpers.evaluate(tiny_net, loaders[1], "cpu")  # of errors it is certain of
-    assert (loss, accuracy) == pytest.approx((87.3 * 2 / 3, 1 / 3), abs=0.1)
+    with torch.no_grad():
+        plain, mirrored = (copy.deepcopy(tiny_net).eval()(x) for x in (images, images.flip(3)))
+    batches = list(zip(images.split(10), labels.split(10)))
+    for settings, expected in (({}, plain), ({"mirror": True}, (plain + mirrored) / 2)):
+        logits, targets = helpers.predict(tiny_net.train(), batches, **settings)
+        assert torch.allclose(logits, expected, atol=1e-5) and torch.equal(targets, labels)
+        right = (expected.argmax(1) == labels).numpy()
+        assert helpers.evaluate(tiny_net.train(), batches, **settings) == pytest.approx(
+            (F.cross_entropy(expected, labels).item(), right.mean()), rel=1e-5)
+    assert not any(m.training for m in tiny_net.modules())
+    assert np.array_equal(helpers.right_answers(tiny_net, batches), plain.argmax(1) == labels)
 
 
-@pytest.mark.parametrize("seconds, batch_size, n_steps, step", [
-    ([9, 1, 1, 4, 1, 1], 12, 6, 1), ([9, 2, 2], 24, 3, 2), ([9], 72, 1, 9)])
-def test_planning_times_a_few_steps_on_a_copy_and_leaves_everything_as_it_was(
-        tiny_net, labelled_images, clock, seconds, batch_size, n_steps, step):
-    def everything():
-        generators = torch.get_rng_state(), loaders[0].generator.get_state()
-        return [state_of(tiny_net), torch.tensor([m.training for m in tiny_net.modules()]),
-                *generators]
-
-    loaders = [helpers.make_loader(*(x[part] for x in labelled_images), train=train, image_size=32,
-                                   batch_size=batch_size, seed=7)
-               for train, part in ((True, slice(0, 72)), (False, slice(72, 90)))]
-    tiny_net.eval().register_forward_pre_hook(lambda *_: clock.append(seconds[len(clock)]))
-    before = everything()
-    plan = helpers.plan_training(
-        tiny_net, *loaders, recipe=RECIPE, device="cpu", dtype=FLOAT32, seconds=1000,
-        run_control=True)
-    epoch = (72 // batch_size + len(loaders[1]) / 3) * step
-    assert f"about {epoch:.0f} s each" in plan.line and len(clock) == n_steps
-    assert all(map(torch.equal, before, everything()))
-    assert all(p.grad is None for p in tiny_net.parameters())
+@pytest.mark.parametrize("seconds, n_batches, step", [
+    ([9, 1, 1, 1, 2, 3, 3, 3], 30, 2), ([9, 2, 2], 3, 2), ([9], 1, 9)])
+def test_a_step_takes_the_median_of_a_few(tiny_net, loaders, clock, seconds, n_batches, step):
+    batches = list(loaders[1]) * n_batches
+    tiny_net.register_forward_pre_hook(lambda *_: clock.append(seconds[len(clock)]))
+    *_, line = helpers.plan_training(tiny_net, batches, batches[:1], recipe=RECIPE, seconds=1000,
+                                     dtype=torch.float32, run_control=True)
+    assert f"about {step * (n_batches + 1 / 3):.0f} s each" in line and clock == seconds
 
 
 @pytest.mark.parametrize("epochs, fitting, control, planned, pair", [
-    (8, 99, False, 8, False), (8, 8, False, 8, False), (8, 7.9, False, 7, False),
-    (8, 0.9, False, 1, False), (8, 0, True, 1, False), (8, 99, True, 8, True),
+    (8, 99, False, 8, False), (8, 7.9, False, 7, False), (8, 0.1, True, 1, False),
     (8, 16, True, 8, True), (8, 15.9, True, 7, True), (8, 4, True, 2, True),
     (8, 3.9, True, 3, False), (1, 2, True, 1, True), (1, 1.9, True, 1, False)])
-def test_the_time_is_for_the_pair_or_one(
+def test_the_time_is_for_the_pair_or_one_and_planning_leaves_everything_as_it_was(
         tiny_net, loaders, clock, epochs, fitting, control, planned, pair):
-    tiny_net.register_forward_pre_hook(lambda module, args: clock.append(0.3))
-    seconds = fitting / 0.85 + 1e-9  # an epoch takes 3 steps and one of validation, 1 s
-    recipe = replace(RECIPE, epochs=epochs)
-    plan = helpers.plan_training(
-        tiny_net, *loaders, recipe=recipe, device="cpu", dtype=FLOAT32, seconds=seconds,
-        run_control=control)
-    assert (plan.recipe, plan.run_control) == (replace(recipe, epochs=planned), pair)
-    assert plan.line.startswith(f"Epochs: {planned} of {epochs} for ")
-    assert ("No control" in plan.line) == (control and not pair)
-    assert max(map(len, plan.line.split("\n"))) <= 100
-    assert plan.seconds_each == pytest.approx(fitting / (1 + pair), abs=1e-6)
+    tiny_net.eval().register_forward_pre_hook(lambda module, args: clock.append(0.3))
+    before = flat(tiny_net.state_dict()), torch.get_rng_state()
+    recipe, seconds = replace(RECIPE, epochs=epochs), fitting / 0.85 + 1e-9
+    *plan, line = helpers.plan_training(  # an epoch takes 3 steps and one of validation, 1 s
+        tiny_net, *loaders, recipe=recipe, dtype=BFLOAT16, seconds=seconds, run_control=control)
+    assert plan == [replace(recipe, epochs=planned), pair, pytest.approx(fitting / (1 + pair))]
+    assert line == (
+        f"Epochs: {planned} of {epochs} for {'each of two networks' if pair else 'one network'}, "
+        f"about 1 s each, in a budget of {seconds / 60:g} min." + (control and not pair) *
+        "\nNo control: a pair would get fewer than 2 epochs each.")
+    assert all(map(torch.equal, before, (flat(tiny_net.state_dict()), torch.get_rng_state())))
+    assert not any(m.training for m in tiny_net.modules()) and tiny_net.fc.weight.grad is None
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
-def test_a_training_follows_its_recipe_in_its_precision(tiny_net, loaders, monkeypatch, dtype):
-    def hook(model, args, output):
-        layouts = [x.is_contiguous(memory_format=torch.channels_last)
-                   for x in (args[0], model.features[3].weight)]
-        seen.add((model.training, output.dtype, *layouts))
-        if model.training:
-            rates.append(passed[2].param_groups[1]["lr"])
-
-    rates, seen, passed, train = [], set(), [], helpers.train_one_epoch
-    monkeypatch.setattr(helpers, "train_one_epoch", lambda *a: passed.extend(a[:5]) or train(*a))
-    tiny_net.register_forward_hook(hook)
-    fit(tiny_net, loaders, replace(RECIPE, epochs=3, label_smoothing=0.2), dtype=dtype)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=10)
-    expected = [reference.get_last_lr()[0]]
-    for _ in range(9):
-        optimizer.step(), reference.step()
-        expected.append(reference.get_last_lr()[0])
-    assert rates == pytest.approx(expected[:9], abs=1e-6)
-    assert passed[3].get_last_lr() == [0.0, 0.0] and passed[1].label_smoothing == 0.2
-    assert seen == {(training, dtype, True, True) for training in (True, False)}
-
-
-def test_training_learns_and_only_the_same_network_and_seed_train_alike(tiny_net, loaders, capsys):
-    def train(model, seed):
-        batches = []
-        model.register_forward_pre_hook(lambda m, args: batches.append(args[0].clone()))
-        helpers.seed_everything(seed, [loaders[0].generator])
-        history = fit(model, loaders, keep_states=True)
-        assert torch.equal(history.states[-1]["fc.weight"], model.fc.weight)
-        assert len(history.states) == 4 and len({s["fc.bias"][0].item() for s in history.states}) == 4
-        return history.epochs, state_of(model), torch.cat(batches)
-
-    models = [copy.deepcopy(tiny_net) for _ in range(4)]
-    helpers.replace_relu(models[2], nn.SiLU, 2)
-    first, same, swapped, other = map(train, models, (7, 7, 7, 8))
-    assert first[0][-1].val_accuracy >= 0.9 and first[0][-1].train_loss < first[0][0].train_loss
-    assert first[0] == same[0] and torch.equal(first[1], same[1])
-    assert first[0] != swapped[0] and torch.equal(first[2], swapped[2])  # the same batches
-    assert not torch.equal(first[2], other[2])
-    line = "Epoch {}/4 | Train Loss: # | Train Acc: #% | Val Loss: # | Val Acc: #%\n"
-    lines = [text for text in capsys.readouterr().out.splitlines(True) if "|" in text]
-    printed = re.sub(r"\d+\.\d+", "#", "".join(lines))
-    assert printed == "".join(line.format(epoch) for epoch in [1, 2, 3, 4] * 4)
-
-
-def test_any_iterable_of_batches_trains_and_flags_and_generators_are_the_callers(tiny_net, loaders):
-    batches = list(loaders[1])
-    torch.manual_seed(3)
-    before, flags = torch.get_rng_state(), torch.are_deterministic_algorithms_enabled()
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float32])
+def test_a_training_equals_a_hand_written_one_and_seeds_nothing(tiny_net, loaders, dtype):
+    images, targets = next(iter(loaders[0]))
+    batches = list(zip(images.split(10), targets.split(10)))  # any iterable of a length; 10, 10, 4
+    torchs = DataLoader(TensorDataset(images, targets), 7, generator=torch.Generator())
+    twin, seen, logits, random_state = copy.deepcopy(tiny_net), set(), [], torch.get_rng_state()
+    tiny_net.register_forward_hook(lambda model, args, output: seen.add(
+        (output.dtype, args[0].is_contiguous(memory_format=torch.channels_last))))
+    for p in tiny_net.eval().parameters():  # the training itself switches to training mode
+        p.grad = torch.ones_like(p)  # left over from before: must not count
     torch.use_deterministic_algorithms(False)
-    history = fit(tiny_net, (batches, batches), replace(RECIPE, epochs=1))
-    assert torch.equal(torch.get_rng_state(), before) and len(history.epochs) == 1
+    history = helpers.fit(
+        tiny_net, batches, torchs, dtype=dtype, early_loader=torchs, n_early=2,
+        recipe=replace(RECIPE, epochs=3, label_smoothing=0.2, weight_decay=0.3))
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert not torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(flags)
-    dataset = TensorDataset(*batches[0])
-    assert len(fit(tiny_net, [DataLoader(dataset, 6)] * 2, replace(RECIPE, epochs=1)).epochs) == 1
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in twin.parameters()])
+    # From a 25th of the peak up to it in 3 of 10 steps, and down to 0 in the step after the last.
+    rates = [0.0008, 0.0104, 0.02, *(0.01 + 0.01 * math.cos(math.pi * i / 7) for i in range(1, 7))]
+    for rate, (x, y) in zip(rates, batches * 3):
+        for group in optimizer.param_groups:
+            group.update(lr=rate, weight_decay=0.3 * (group["params"][0].ndim > 1))
+        optimizer.zero_grad()
+        with torch.autocast("cpu", BFLOAT16, enabled=dtype == BFLOAT16):
+            logits.append(twin(x.to(memory_format=torch.channels_last)))
+        F.cross_entropy(logits[-1].float(), y, label_smoothing=0.2).backward()
+        optimizer.step()
+    assert torch.allclose(flat(tiny_net.state_dict()), flat(twin.state_dict()), atol=1e-5)
+    last, logits = history.epochs[-1], torch.cat(logits[-3:]).float()
+    expected = F.cross_entropy(logits, targets).item(), (logits.argmax(1) == targets).numpy().mean()
+    assert (last.train_loss, last.train_accuracy) == pytest.approx(expected, rel=1e-5)
+    assert (last.val_loss, last.val_accuracy) == helpers.evaluate(tiny_net, torchs, dtype)
+    assert seen == {(dtype, True)} and [n for n, _ in history.early] == [20, 24]
 
 
-@pytest.mark.parametrize("call, event, settings, kind, words, n_complete", [
-    (0, 1, {}, type(None), "None", 6), (0, 1, {"last_epoch": 2}, type(None), "None", 2),
-    (0, 1, {"seconds_left": 0}, str, "out of time after epoch 1 of 6", 1),
-    (9, STOP, {}, str, "in epoch 3 of 6", 2), (12, STOP, {}, str, "epoch 3 of 6", 2),
-    (2, STOP, {}, KeyboardInterrupt, "first epoch", 0),
-    (10, math.nan, {}, DIVERGED, r"loss nan in step 2, .*rate \S+, epoch 3: lower", 2),
-    (12, math.nan, {}, DIVERGED, r"validation loss nan .*step 3, .*epoch 3: lower", 2)])
+def test_a_seed_trains_alike_whatever_is_evaluated_meanwhile(tiny_net, labelled_images, capsys):
+    loaders = [helpers.make_loader(*labelled_images, train=train, image_size=32, batch_size=size)
+               for train, size in ((True, 4), (False, 90))]
+
+    def train(**settings):
+        model = copy.deepcopy(tiny_net)
+        helpers.seed_everything(7)
+        history = helpers.fit(model, *loaders, recipe=replace(RECIPE, epochs=2), **settings)
+        return history, flat(model.state_dict())
+
+    (plain, weights), (same, twins) = train(), train(early_loader=loaders[1])
+    assert plain.epochs == same.epochs and torch.equal(weights, twins)
+    assert [n // 4 for n, _ in same.early] == [3, 5, 7, 9, 11, 14, 16, 18, 20, 22]  # of 22 steps
+    assert plain.early == [] and same.early[-1][1].mean() == same.epochs[0].val_accuracy
+    assert capsys.readouterr().out.splitlines()[:2] == [m.line(2) for m in plain.epochs]
+
+
+@pytest.mark.parametrize("moment, event, settings, outcome, n_complete", [
+    (0, None, {"keep_states": True}, "None", 6), (0, None, {"last_epoch": 2}, "None", 2),
+    (0, None, {"seconds": 19}, "out of time after epoch 1 of 6", 1),
+    (0, None, {"seconds": 20}, "out .* 2 of 6", 2), (0, None, {"seconds": 39}, "out .* 3 of 6", 3),
+    (4, STOP, {}, "interrupted in the first epoch: run the cell again", 0),
+    (14, STOP, {"keep_states": True}, "interrupted after epoch 2 of 6", 2),
+    (15, STOP, {}, "interrupted after epoch 3 of 6", 3), (30, STOP, {}, "None", 6),
+    (10, STOP, {"last_epoch": 2}, "None", 2),
+    (2, math.nan, {}, r"Epoch 1: the loss is nan in step 2, .* of \S+: lower the recipe's.", 0),
+    (13, math.nan, {}, r"Epoch 3: the loss is nan in step 3, .* of \S+: lower the recipe's.", 2)])
 def test_the_last_complete_epochs_weights_stay_however_training_ends(
-        tiny_net, loaders, monkeypatch, call, event, settings, kind, words, n_complete):
-    def hook(module, args, output):
-        calls.append(module.training)
-        if len(calls) == call and event is STOP:
+        tiny_net, loaders, clock, moment, event, settings, outcome, n_complete):
+    def happens(what, logits=None):
+        done.append(what)
+        if len(done) == moment and event is STOP:
             raise STOP
-        return output * event if len(calls) == call else output
+        return logits * event if len(done) == moment else logits
 
-    calls, states, evaluate = [], [state_of(tiny_net)], helpers.evaluate
-    monkeypatch.setattr(helpers, "evaluate", lambda *a: (evaluate(*a)[0], 9 - len(states)))
-    tiny_net.register_forward_hook(hook)
+    done, states = [], [flat(tiny_net.state_dict())]
+    tiny_net.register_forward_hook(
+        lambda model, args, logits: clock.append(2.5) or happens(model.training, logits))
     try:
-        outcome = fit(tiny_net, loaders, replace(RECIPE, epochs=6), **settings, on_epoch=(
-            lambda line: states.append(state_of(tiny_net)))).stopped
-    except (KeyboardInterrupt, DIVERGED) as error:
-        outcome = error
-    assert isinstance(outcome, kind) and re.search(words, str(outcome))
-    assert len(states) == n_complete + 1 and not any(m.training for m in tiny_net.modules())
-    assert torch.equal(state_of(tiny_net), states[-1])  # the last, not the best
-    expected = ([True] * 3 + [False]) * 6  # an epoch is 3 training batches, and 1 of validation
-    assert calls == expected[:call or 4 * n_complete]
-
-
-def test_some_images_are_predicted_at_steps_of_the_first_epoch(tiny_net, loaders):
-    twin, histories = copy.deepcopy(tiny_net), []
-    for model, settings in ((tiny_net, dict(early_loader=loaders[1], n_early=2)), (twin, {})):
-        helpers.seed_everything(7, [loaders[0].generator])
-        histories.append(fit(model, loaders, replace(RECIPE, epochs=2), **settings))
-    assert [n for n, _ in histories[0].early] == [48, 72] and histories[1].early == ()
-    assert all(right.dtype == bool and right.shape == (18,) for _, right in histories[0].early)
-    assert histories[0].early[-1][1].mean() == histories[0].epochs[0].val_accuracy
-    assert torch.equal(state_of(tiny_net), state_of(twin))  # which changes nothing
-
-
-def test_an_interruption_after_the_last_epoch_leaves_a_complete_training(tiny_net, loaders):
-    def on_epoch(line):
-        if line.startswith("Epoch 2/2"):
-            raise KeyboardInterrupt
-
-    history = fit(tiny_net, loaders, replace(RECIPE, epochs=2), on_epoch=on_epoch)
-    assert history.stopped is None and len(history.epochs) == 2
-
-
-def test_no_epoch_is_begun_that_would_end_too_late(tiny_net, loaders, clock, monkeypatch):
-    monkeypatch.setattr(helpers, "train_one_epoch", lambda *args: clock.append(10) or (1.0, 0.5))
-    for left, n_epochs in ((19, 1), (20, 2), (39, 3), (40, 4)):
-        history = fit(tiny_net, loaders, seconds_left=left)
-        assert len(history.epochs) == n_epochs and history.seconds == 10 * n_epochs
+        history = helpers.fit(
+            tiny_net, *loaders, recipe=replace(RECIPE, epochs=6), **settings, on_epoch=lambda line:
+            states.append(flat(tiny_net.state_dict())) or happens(None))
+        found, kept = history.stopped, torch.stack([flat(state) for state in history.states])
+        assert torch.equal(kept, torch.stack(states if "keep_states" in settings else states[-1:]))
+        assert history.seconds == 10 * len(history.epochs) == 10 * n_complete
+    except (KeyboardInterrupt, FloatingPointError) as error:
+        found = error
+    assert re.fullmatch(outcome, str(found)) and len(states) == n_complete + 1
+    assert torch.equal(flat(tiny_net.state_dict()), states[-1])  # the last, not the best
+    assert not any(m.training for m in tiny_net.modules())
+    assert done == (([True] * 3 + [False, None]) * 6)[:moment or 5 * n_complete]
 
 
 @pytest.mark.parametrize("kind, present", [
-    ("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())])
-def test_an_accelerator_trains_and_predicts(tiny_net, loaders, kind, present):
+    ("cpu", True), ("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())])
+def test_a_device_trains_and_predicts(tiny_net, loaders, kind, present):
     if not present:
         pytest.skip(f"no {kind} device here")
-    dtype = FLOAT32 if kind == "mps" else BFLOAT16
-    plan = helpers.plan_training(tiny_net, *loaders, recipe=RECIPE, device=kind, dtype=dtype,
-                                 seconds=600, run_control=True)
-    history = fit(tiny_net, loaders, plan.recipe, device=kind, dtype=dtype)
+    dtype = torch.float32 if kind == "mps" else BFLOAT16
+    history = helpers.fit(tiny_net.to(kind), *loaders, recipe=RECIPE, dtype=dtype)
+    logits, targets = helpers.predict(tiny_net, loaders[1], dtype, mirror=True)
     assert history.epochs[-1].val_accuracy >= 0.9
-    assert {p.device.type for p in tiny_net.parameters()} == {kind}
+    assert logits.device.type == targets.device.type == "cpu"
