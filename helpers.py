@@ -148,7 +148,7 @@ def live_line() -> Callable[[str], None]:
 STALL_TIMEOUT = 20  # seconds without a byte after which a server is given up
 DOWNLOAD_LIMIT = 600  # seconds that one download may take, its connection included
 
-# Run by a child process, which can be stopped wherever it hangs.
+# Run by a child process, which can be stopped wherever it hangs, in the name lookup, too.
 FETCH = """
 import shutil, sys, urllib.request
 request = urllib.request.Request(sys.argv[1], headers={"User-Agent": "Mozilla/5.0 (torchvision)"})
@@ -339,7 +339,7 @@ def replace_head(model: nn.Module, n_classes: int) -> nn.Linear:
 
 
 def freeze(model: nn.Module, names: Sequence[str], first_swap: str) -> Tuple[str, ...]:
-    """Take the named children out of training, as far as they stand before the swap; returns which.
+    """Freeze those of the named children that stand before the one with the swap; returns them.
 
     ``first_swap`` is the qualified name of the first replaced activation: what is behind it has to
     adapt. A frozen child keeps its weights and, in training, its batch norms' statistics.
@@ -440,7 +440,7 @@ def load_image_folders(data_dir: Path, class_names: Sequence[str] = CIFAR10_CLAS
     """
     names = os.listdir(data_dir)
     root = data_dir / IMAGE_FOLDERS if IMAGE_FOLDERS in names else data_dir
-    if root == data_dir and not {"train", "test"} <= set(names):
+    if root == data_dir and not (root / "train" / class_names[0]).is_dir():
         raise SourceUnavailable(f"no image folders '{IMAGE_FOLDERS}' in '{data_dir}'")
     ids, splits = {name: CIFAR10_CLASSES.index(name) for name in class_names}, []
     for split in ("train", "test"):
@@ -530,8 +530,8 @@ def filter_and_relabel(images, labels, id_mapping: Dict[int, int]) -> Split:
 def stratified_split(labels, fraction: float, seed: int) -> Tuple[np.ndarray, np.ndarray]:
     """Sorted indices (rest, held out) of a split that keeps the class shares.
 
-    ``labels`` are (N,) or (N, 1). Raises ValueError if a class is too small to have an image on
-    both sides.
+    ``labels`` are (N,) or (N, 1). Raises ValueError if a class is too small to be sure of an image
+    on both sides.
     """
     labels = np.asarray(labels).reshape(-1)
     smallest = np.unique(labels, return_counts=True)[1].min(initial=len(labels))
@@ -772,7 +772,7 @@ def plan_training(
     # The first step sets up kernels. A batch of validation takes about a third of a step.
     epoch_seconds = np.median(np.diff(times)[-7:]) * (len(train_loader) + len(val_loader) / 3)
     each = [(1 - RESERVE) * seconds / n for n in (1, 2)]
-    one, two = (min(recipe.epochs, int(time_each / epoch_seconds)) for time_each in each)
+    one, two = (int(min(recipe.epochs, time_each / epoch_seconds)) for time_each in each)
     pair = bool(run_control) and two >= min(2, recipe.epochs)
     epochs = two if pair else max(1, one)
     line = (f"Epochs: {epochs} of {recipe.epochs} for {'each of two' if pair else 'one'} "
@@ -795,7 +795,7 @@ def fit(
     ``last_epoch``. The images of ``early_loader``, if there is one, are predicted at ``n_early``
     steps of the first epoch. ``on_epoch`` gets each epoch's line.
 
-    Raises FloatingPointError if a training loss is not finite, KeyboardInterrupt if interrupted in
+    Raises FloatingPointError if a loss is not finite, KeyboardInterrupt if interrupted in
     the first epoch. Without a complete epoch the weights are as before.
     """
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
@@ -822,6 +822,9 @@ def fit(
             trained = train_one_epoch(
                 model, criterion, optimizer, train_loader, dtype, scheduler, on_step)
             metrics = EpochMetrics(epoch, *trained, *evaluate(model, val_loader, dtype))
+            if not math.isfinite(metrics.val_loss):  # the last step may have been too large
+                raise FloatingPointError(f"the validation loss is {metrics.val_loss}, after a "
+                                         f"learning rate of up to {recipe.lr:.2e}")
             history.states = history.states * keep_states + [copy.deepcopy(model.state_dict())]
             history.epochs.append(metrics)
             history.seconds = time.perf_counter() - start
@@ -916,8 +919,8 @@ SITE_EDGES = np.linspace(-4, 4, 81)  # of the histograms of an activation's inpu
 
 # What is known of the test images of some classes, with the sources.
 CEILINGS = {("airplane", "cat", "dog"): (
-    "Ceiling: of people's judgements of these test images 93.9% name the class out of ten, and\n"
-    "97.2% of those that name one of the three the right one (CIFAR-10H, Peterson et al. 2019);\n"
+    "Ceiling: of people's judgements of these test images that name one of the three classes 97.2%\n"
+    "name the right one; of all, out of ten, 93.9% (CIFAR-10H, Peterson et al. 2019);\n"
     "26 of the 3,000 labels are candidates for errors (Northcutt et al. 2021).")}
 
 
@@ -958,7 +961,7 @@ def reestimate_statistics(model: nn.Module, data_loader, behind: str) -> nn.Modu
     """A copy with the statistics of the batch norms behind a place averaged anew over batches.
 
     ``behind`` is an activation's qualified name: every batch norm counts that is registered in its
-    block or after it. What the others see does not change, so they keep theirs.
+    block or after it. Earlier ones see the same inputs and keep theirs.
     """
     copied = copy.deepcopy(model).eval()
     names = [name for name, _ in copied.named_modules()]
@@ -1048,7 +1051,7 @@ def describe_exchange(plain: Difference, again: Difference) -> str:
     From the differences with the statistics as they are, and estimated again.
     """
     causes = ["statistics that no longer matched"] * (plain.high < min(again.low, 0))
-    causes += ["reliance on its own activation"] * (again.high < -0.01)
+    causes += ["reliance on its own activation"] * (again.high < 0)
     return (f"{100 * plain.mean:+.1f} points, with statistics estimated again "
             f"{100 * again.mean:+.1f} ({' and '.join(causes) or 'no clear cost'})")
 
@@ -1065,8 +1068,8 @@ def fit_sentence(history: History, losses: np.ndarray) -> str:
     sign = ("overfitting" if rise > 2 * error else "perhaps underfitting" if gap < 0 else
             "no harmful overfitting seen")
     return (f"Validation loss ended {rise:.3f} above its minimum (epoch {lowest.epoch}; standard "
-            f"error {error:.3f}), and training accuracy is {gap:+.1f} points from validation "
-            f"accuracy: {sign}.")
+            f"error {error:.3f}); training accuracy minus validation accuracy is {gap:+.1f} "
+            f"points: {sign}.")
 
 
 def confusion_sentence(matrix: np.ndarray, class_names: Sequence[str]) -> str:
@@ -1074,7 +1077,7 @@ def confusion_sentence(matrix: np.ndarray, class_names: Sequence[str]) -> str:
     both = np.triu(matrix + matrix.T, k=1)
     i, j = np.unravel_index(both.argmax(), both.shape)
     return (f"{both[i, j]} of the {both.sum()} mistakes are between {class_names[i]} and "
-            f"{class_names[j]}." if both.any() else "None.")
+            f"{class_names[j]}." if both.any() else "No mistakes.")
 
 
 # ==== Pictures ===================================================================================
@@ -1164,7 +1167,9 @@ def plot_sites(sites: Dict[str, Sequence[Site]], activation: str, title: str) ->
         curves.plot(x, x.relu(), ":", color="black", label="ReLU")
         curves.plot(x, ACTIVATIONS[activation]()(x), color=ORANGE, label=activation)
         curves.set(ylim=(-0.5, 4), ylabel="activation's output")
-        axis.set(title=place[0].name, xlabel="input", ylabel="share of inputs, %")
+        below = " → ".join(f"{site.negative:.0%}" for site in place)
+        axis.set(title=f"{place[0].name}: {below} below 0", xlabel="input",
+                 ylabel="share of inputs, %")
         axis.grid(False)
         curves.grid(False)
     handles = [h for a in figure.axes[:2] for h in a.get_legend_handles_labels()[0]]

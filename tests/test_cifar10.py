@@ -182,11 +182,12 @@ def test_torchvision_itself_is_the_last_source(server, tmp_path, monkeypatch):
 
 
 def test_the_stand_in_comes_last_if_allowed_and_is_every_digit_of_scikit_learn_enlarged(tmp_path):
+    (tmp_path / "train").mkdir()  # of something else
     data, digits = load(tmp_path, [REFUSED]), load_digits()
     told = "(?s)\n- no official .*\n- no image folders .*\n- 127.* refused.*\nSet ALLOW_STAND_IN"
     with pytest.raises(RuntimeError, match=told) as error:
         load(tmp_path, [REFUSED], allow_stand_in=False)
-    assert "\n- ".join(data.skipped) in str(error.value) and os.listdir(tmp_path) == []
+    assert "\n- ".join(data.skipped) in str(error.value) and os.listdir(tmp_path) == ["train"]
     assert data.is_stand_in and data.source.startswith("STAND-IN: scikit-learn")
     for split, ids in zip("train test".split(), helpers.stratified_split(digits.target, 0.2, 1)):
         (images, labels), small = getattr(data, split), np.rint(digits.images[ids] * 255 / 16)

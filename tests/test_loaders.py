@@ -12,9 +12,8 @@ import helpers
 from conftest import to_display
 
 
-def make_loader(images, labels, train, image_size, batch_size):
-    return helpers.make_loader(
-        images, labels, train=train, image_size=image_size, batch_size=batch_size)
+def make_loader(images, labels, train, size, batch):
+    return helpers.make_loader(images, labels, train=train, image_size=size, batch_size=batch)
 
 
 @pytest.mark.parametrize("size", [16, 32, np.int64(48)])
