@@ -203,7 +203,7 @@ def download(url: str, path: Path, algorithm: str, digest: str, code: str = FETC
 
 
 def build_model(name: str, pretrained: bool) -> Tuple[nn.Module, bool, str]:
-    """One of ``MODELS`` with its 1000-way head; whether it is pretrained, and its weights' label.
+    """(one of ``MODELS`` with its 1000-way head, whether it is pretrained, its weights' label).
 
     Random initialisation, by torch's global generator, if ImageNet weights are not asked for or
     cannot be had. Raises ValueError for another name.
@@ -264,7 +264,7 @@ def find_modules(model: nn.Module, kind: type) -> List[Tuple[str, nn.Module]]:
 def replace_modules(model: nn.Module, names, make: Callable[[], nn.Module]) -> List[nn.Module]:
     """Put a new module, each from a call of ``make``, at each named place; returns the new ones.
 
-    It gets the old one's train/eval mode, and the device and dtype of the parameters around it.
+    It gets the old one's train/eval mode, and the device and dtype of its parent's first parameter.
     """
     new = [make() for _ in names]
     places = [(model.get_submodule(name.rpartition(".")[0]), name.split(".")[-1]) for name in names]
@@ -293,11 +293,8 @@ def replace_relu(model: nn.Module, make_activation, first_replaced: int) -> Surg
 
     An occurrence is a position in the module tree (see :func:`find_modules`): a shared nn.ReLU
     counts at each of its places, and each place gets its own new module. ``first_replaced`` is
-    1-based. ``make_activation`` makes one new module a call, e.g. ``nn.SiLU``. Hooks on a replaced
-    module go with it; nn.TransformerEncoderLayer's fused inference path goes on with ReLU.
-
-    Raises ValueError, with the model unchanged, if there is no such occurrence, or the recount does
-    not come out as intended.
+    1-based. ``make_activation`` makes one new module a call, e.g. ``nn.SiLU``. Raises ValueError,
+    with the model unchanged, if there is no such occurrence or the recount is not as intended.
     """
     relus = find_modules(model, nn.ReLU)
     for kind in {type(module) for module in model.modules()}:
@@ -383,10 +380,9 @@ def load_cifar10(
 ) -> Cifar10:
     """CIFAR-10 from the first source that is there.
 
-    In this order: official batches or archive in ``data_dir``, image folders of ``class_names``
-    there, a download into it from each of ``urls``, and, if ``allow_stand_in``,
-    :func:`make_stand_in`. Raises RuntimeError if files are there but damaged or not accessible, or
-    no source delivers: what is wrong, and what to do.
+    Official batches or archive in ``data_dir``, image folders of ``class_names`` there, a download
+    from each of ``urls``, and, if allowed, :func:`make_stand_in`. Raises RuntimeError if files are
+    damaged or not accessible, or no source delivers: what is wrong, and what to do.
     """
     data_dir, skipped = Path(data_dir).expanduser(), []
     if data_dir.name == BATCHES:  # the folder in which the batches are
@@ -598,7 +594,9 @@ def make_loader(images, labels, *, train: bool, image_size: int, batch_size: int
 
 # ==== Training ===================================================================================
 
-RESERVE = 0.15  # of the time budget: for all but the trainings, and for slower steps than timed
+# Shares of the time budget: the trainings are planned for one and may take, with slower steps than
+# were timed, the other; the rest is for all else.
+PLANNED, ALLOWED = 0.85, 0.92
 
 
 @dataclass(frozen=True)
@@ -761,7 +759,7 @@ def plan_training(
 
     Returns the recipe with the epochs that fit, at least 1 and the same for both networks; whether
     to train the control, which is left out where the pair would get fewer than 2 each; the seconds
-    for each training; a line that says so. torch's generator is left as it was.
+    that each training may take; a line that says so. torch's generator is left as it was.
     """
     copied = copy.deepcopy(model)
     optimizer, times = make_optimizer(copied, recipe), [time.perf_counter()]
@@ -771,8 +769,7 @@ def plan_training(
             dtype, on_step=lambda *_: times.append(time.perf_counter()))
     # The first step sets up kernels. A batch of validation takes about a third of a step.
     epoch_seconds = np.median(np.diff(times)[-7:]) * (len(train_loader) + len(val_loader) / 3)
-    each = [(1 - RESERVE) * seconds / n for n in (1, 2)]
-    one, two = (int(min(recipe.epochs, time_each / epoch_seconds)) for time_each in each)
+    one, two = (int(min(recipe.epochs, PLANNED * seconds / n / epoch_seconds)) for n in (1, 2))
     pair = bool(run_control) and two >= min(2, recipe.epochs)
     epochs = two if pair else max(1, one)
     line = (f"Epochs: {epochs} of {recipe.epochs} for {'each of two' if pair else 'one'} "
@@ -780,7 +777,7 @@ def plan_training(
             f"{seconds / 60:g} min.")
     if run_control and not pair:
         line += "\nNo control: a pair would get fewer than 2 epochs each."
-    return replace(recipe, epochs=epochs), pair, each[pair], line
+    return replace(recipe, epochs=epochs), pair, ALLOWED * seconds / (1 + pair), line
 
 
 def fit(
@@ -795,8 +792,8 @@ def fit(
     ``last_epoch``. The images of ``early_loader``, if there is one, are predicted at ``n_early``
     steps of the first epoch. ``on_epoch`` gets each epoch's line.
 
-    Raises FloatingPointError if a loss is not finite, KeyboardInterrupt if interrupted in
-    the first epoch. Without a complete epoch the weights are as before.
+    Raises FloatingPointError if a loss is not finite, KeyboardInterrupt if interrupted in the first
+    epoch. Without a complete epoch the weights are as before.
     """
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     optimizer, n_steps = make_optimizer(model, recipe), len(train_loader)
@@ -919,8 +916,8 @@ SITE_EDGES = np.linspace(-4, 4, 81)  # of the histograms of an activation's inpu
 
 # What is known of the test images of some classes, with the sources.
 CEILINGS = {("airplane", "cat", "dog"): (
-    "Ceiling: of people's judgements of these test images that name one of the three classes 97.2%\n"
-    "name the right one; of all, out of ten, 93.9% (CIFAR-10H, Peterson et al. 2019);\n"
+    "Ceiling: of people's judgements of these test images that name one of the three classes\n"
+    "97.2% name the right one; of all, out of ten, 93.9% (CIFAR-10H, Peterson et al. 2019);\n"
     "26 of the 3,000 labels are candidates for errors (Northcutt et al. 2021).")}
 
 
