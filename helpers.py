@@ -7,6 +7,7 @@ Python 3.9+, PyTorch 2.0+, torchvision 0.15+.
 
 import contextlib
 import copy
+import csv
 import hashlib
 import io
 import math
@@ -20,7 +21,7 @@ import tempfile
 import time
 import urllib.parse
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -202,8 +203,8 @@ def download(url: str, path: Path, algorithm: str, digest: str, code: str = FETC
 # ==== Model surgery ==============================================================================
 
 
-def build_model(name: str, pretrained: bool) -> Tuple[nn.Module, bool, str]:
-    """(one of ``MODELS`` with its 1000-way head, whether it is pretrained, its weights' label).
+def build_model(name: str, pretrained: bool) -> Tuple[nn.Module, str, str]:
+    """(one of ``MODELS`` with its 1000-way head, its weights' SHA-256 or "random", their label).
 
     Random initialisation, by torch's global generator, if ImageNet weights are not asked for or
     cannot be had. Raises ValueError for another name.
@@ -212,15 +213,15 @@ def build_model(name: str, pretrained: bool) -> Tuple[nn.Module, bool, str]:
         raise ValueError(f"model name is {name!r}: it must be one of {list(MODELS)}.")
     model = models.get_model(name, weights=None)
     if not pretrained:
-        return model, False, "random initialisation"
+        return model, "random", "random initialisation"
     try:
-        return model, True, load_imagenet_weights(model, name)
+        return (model, *load_imagenet_weights(model, name))
     except SourceUnavailable as error:
-        return model, False, f"random initialisation, for want of ImageNet weights ({error})"
+        return model, "random", f"random initialisation, for want of ImageNet weights ({error})"
 
 
-def load_imagenet_weights(model: nn.Module, name: str) -> str:
-    """Load torchvision's default weights, from torch hub's cache or the network; their label.
+def load_imagenet_weights(model: nn.Module, name: str) -> Tuple[str, str]:
+    """Load torchvision's default weights, from torch hub's cache or the network: (SHA-256, label).
 
     A cached file is used whatever its hash, as torch hub would, and labelled. Raises
     SourceUnavailable, with ``model`` unchanged.
@@ -244,8 +245,10 @@ def load_imagenet_weights(model: nn.Module, name: str) -> str:
         raise SourceUnavailable(f"{path.name} does not load, {type(error).__name__}: delete it "
                                 "from torch hub's checkpoints") from None
     model.load_state_dict(state_dict)
-    other = "" if sha256.startswith(digest) else ", not torchvision's own file"
-    return f"ImageNet weights ({weights.name}{other})"
+    if sha256.startswith(digest):
+        return sha256, f"ImageNet weights ({weights.name})"
+    return sha256, (f"a file in place of ImageNet weights ({weights.name}; not torchvision's own "
+                    f"file, SHA-256 {sha256[:8]})")
 
 
 def find_modules(model: nn.Module, kind: type) -> List[Tuple[str, nn.Module]]:
@@ -269,7 +272,8 @@ def replace_modules(model: nn.Module, names, make: Callable[[], nn.Module]) -> L
     new = [make() for _ in names]
     places = [(model.get_submodule(name.rpartition(".")[0]), name.split(".")[-1]) for name in names]
     for (parent, key), module in zip(places, new):
-        for near in [*parent.parameters(), *model.parameters()][:1]:
+        near = next(iter([*parent.parameters(), *model.parameters()]), None)
+        if near is not None:
             module.to(near)
         module.train(getattr(parent, key).training)
     for (parent, key), module in zip(places, new):  # only now, when nothing can fail any more
@@ -277,19 +281,8 @@ def replace_modules(model: nn.Module, names, make: Callable[[], nn.Module]) -> L
     return new
 
 
-@dataclass(frozen=True)
-class SurgeryReport:
-    """What :func:`replace_relu` did, recounted afterwards; indices are 1-based."""
-
-    total: int
-    replaced_indices: Tuple[int, ...]
-    replaced_names: Tuple[str, ...]
-    remaining: int
-    inserted: int
-
-
-def replace_relu(model: nn.Module, make_activation, first_replaced: int) -> SurgeryReport:
-    """Replace the nn.ReLU modules from an occurrence on, in place; keep the earlier ones.
+def replace_relu(model: nn.Module, make_activation, first_replaced: int) -> List[str]:
+    """Replace the nn.ReLU modules from an occurrence on, in place; returns their qualified names.
 
     An occurrence is a position in the module tree (see :func:`find_modules`): a shared nn.ReLU
     counts at each of its places, and each place gets its own new module. ``first_replaced`` is
@@ -304,18 +297,15 @@ def replace_relu(model: nn.Module, make_activation, first_replaced: int) -> Surg
     if not 1 <= first_replaced <= len(relus):
         raise ValueError(f"first_replaced is {first_replaced}, but the model has {len(relus)} "
                          "nn.ReLU: nothing was replaced.")
-    kept, (replaced, old) = relus[:first_replaced - 1], zip(*relus[first_replaced - 1:])
-    new = replace_modules(model, replaced, make_activation)
-    remaining = find_modules(model, nn.ReLU)
-    inserted = [name for name, module in find_modules(model, nn.Module) if module in new]
-    if (remaining, inserted, len(set(new))) != (kept, list(replaced), len(new)):
-        replace_modules(model, replaced, iter(old).__next__)
+    kept, (names, old) = relus[:first_replaced - 1], zip(*relus[first_replaced - 1:])
+    new = replace_modules(model, names, make_activation)
+    if find_modules(model, nn.ReLU) != kept or len(set(new)) < len(new):
+        replace_modules(model, names, iter(old).__next__)
         raise ValueError(
-            f"{[n for n, _ in remaining]} would remain and {inserted} be replaced: each call must "
-            "make a new module without nn.ReLU, and no module that holds one be registered both "
-            "before and after first_replaced; nothing was replaced.")
-    return SurgeryReport(len(relus), tuple(range(first_replaced, len(relus) + 1)), replaced,
-                         len(remaining), len(inserted))
+            f"not only the {len(names)} nn.ReLU from the {first_replaced}th on would go: each call "
+            "must make a new module without nn.ReLU, and no module that holds one be registered "
+            "both before and after; nothing was replaced.")
+    return list(names)
 
 
 def replace_head(model: nn.Module, n_classes: int) -> nn.Linear:
@@ -333,6 +323,12 @@ def replace_head(model: nn.Module, n_classes: int) -> nn.Linear:
     new = nn.Linear(old.in_features, n_classes, old.bias is not None)
     model.fc = new.to(old.weight).train(old.training)
     return model.fc
+
+
+def count_parameters(model: nn.Module) -> Tuple[int, int]:
+    """The numbers of all and of the trainable parameters."""
+    counts = [(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()]
+    return tuple(map(sum, zip(*counts)))
 
 
 def freeze(model: nn.Module, names: Sequence[str], first_swap: str) -> Tuple[str, ...]:
@@ -388,8 +384,9 @@ def load_cifar10(
     if data_dir.name == BATCHES:  # the folder in which the batches are
         data_dir = data_dir.parent
     sources = [(load_official, data_dir), (load_image_folders, data_dir, class_names),
-               *((load_download, data_dir, url) for url in urls),
-               *[(make_stand_in, seed)] * bool(allow_stand_in)]
+               *((load_download, data_dir, url) for url in urls)]
+    if allow_stand_in:
+        sources.append((make_stand_in, seed))
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         for load, *args in sources:
@@ -773,7 +770,7 @@ def plan_training(
     pair = bool(run_control) and two >= min(2, recipe.epochs)
     epochs = two if pair else max(1, one)
     line = (f"Epochs: {epochs} of {recipe.epochs} for {'each of two' if pair else 'one'} "
-            f"network{'s' * pair}, about {epoch_seconds:.0f} s each, in a budget of "
+            f"network{'s' * pair}, about {epoch_seconds:.0f} s an epoch, in a budget of "
             f"{seconds / 60:g} min.")
     if run_control and not pair:
         line += "\nNo control: a pair would get fewer than 2 epochs each."
@@ -822,7 +819,8 @@ def fit(
             if not math.isfinite(metrics.val_loss):  # the last step may have been too large
                 raise FloatingPointError(f"the validation loss is {metrics.val_loss}, after a "
                                          f"learning rate of up to {recipe.lr:.2e}")
-            history.states = history.states * keep_states + [copy.deepcopy(model.state_dict())]
+            state = copy.deepcopy(model.state_dict())
+            history.states = [*history.states, state] if keep_states else [state]
             history.epochs.append(metrics)
             history.seconds = time.perf_counter() - start
             on_epoch(metrics.line(recipe.epochs))
@@ -867,7 +865,8 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
     """The mean of a - b, (N,) each, with Student's paired interval: a point without spread."""
     gains = np.asarray(a, dtype=float) - b
     if np.ptp(gains) == 0:
-        return Difference(*[float(gains[0])] * 3)
+        same = float(gains[0])
+        return Difference(same, same, same)
     interval = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
     return Difference(float(gains.mean()), float(interval.low), float(interval.high))
 
@@ -916,8 +915,8 @@ SITE_EDGES = np.linspace(-4, 4, 81)  # of the histograms of an activation's inpu
 
 # What is known of the test images of some classes, with the sources.
 CEILINGS = {("airplane", "cat", "dog"): (
-    "Ceiling: of people's judgements of these test images that name one of the three classes\n"
-    "97.2% name the right one; of all, out of ten, 93.9% (CIFAR-10H, Peterson et al. 2019);\n"
+    "Ceiling: people who choose among ten classes name the right one for 93.9% of these test\n"
+    "images, and for 97.2% when they name one of the three (CIFAR-10H, Peterson et al. 2019);\n"
     "26 of the 3,000 labels are candidates for errors (Northcutt et al. 2021).")}
 
 
@@ -1021,11 +1020,13 @@ def early_difference(history: History, control: History) -> Difference:
 
 
 def images_until_level(history: History, control: History, within: float = 0.01) -> str:
-    """Images seen when accuracy is first at most ``within`` behind the control's."""
-    for (n_images, right), (_, control_right) in zip(history.early, control.early):
-        if right.mean() >= control_right.mean() - within:
-            return f"after {n_images:,} images"
-    return "not yet in the first epoch"
+    """Images seen when accuracy is at most ``within`` behind the control's, and stays so."""
+    level = "not yet in the first epoch"
+    for (n_images, right), (_, control_right) in reversed([*zip(history.early, control.early)]):
+        if right.mean() < control_right.mean() - within:
+            break
+        level = f"after {n_images:,} images"
+    return level
 
 
 def judge_predictions(starts: str, early: Difference, end: Difference, again) -> Dict[str, tuple]:
@@ -1042,31 +1043,39 @@ def judge_predictions(starts: str, early: Difference, end: Difference, again) ->
             "Leans on its own activation": (leans, "; ".join(map(str, again)))}
 
 
-def describe_exchange(plain: Difference, again: Difference) -> str:
-    """What another activation costs a trained network, and why: mismatch, or reliance.
+def describe_change(what: str, plain: Difference, again: Difference) -> str:
+    """What another activation does to a network, and why: mismatch of statistics, or reliance.
 
     From the differences with the statistics as they are, and estimated again.
     """
-    causes = ["statistics that no longer matched"] * (plain.high < min(again.low, 0))
-    causes += ["reliance on its own activation"] * (again.high < 0)
-    return (f"{100 * plain.mean:+.1f} points, with statistics estimated again "
-            f"{100 * again.mean:+.1f} ({' and '.join(causes) or 'no clear cost'})")
+    causes = []
+    if plain.high < min(again.low, 0):
+        causes.append("statistics that no longer match")
+    if again.high < 0:
+        causes.append("reliance on the activation")
+    unclear = "a cost, its cause unclear" if plain.high < 0 else "no clear cost"
+    return (f"{what} {100 * plain.mean:+.1f} points, with statistics estimated again "
+            f"{100 * again.mean:+.1f} ({' and '.join(causes) or unclear})")
 
 
-def fit_sentence(history: History, losses: np.ndarray) -> str:
-    """Signs of over- and underfitting, from the last losses of the validation images, (N,).
+def fit_sentence(history: History, recipe: Recipe, logits, targets) -> str:
+    """Signs of over- and underfitting, with the last logits (N, C) and targets (N,) of validation.
 
     Over: validation loss ended more than two standard errors above its minimum. Under: training
     accuracy, on augmented images, is still below validation accuracy.
     """
     last, lowest = history.epochs[-1], min(history.epochs, key=lambda m: m.val_loss)
-    rise, error = last.val_loss - lowest.val_loss, stats.sem(losses)
+    error = stats.sem(F.cross_entropy(logits, targets, reduction="none"))
+    rise, n = last.val_loss - lowest.val_loss, len(history.epochs)
     gap = 100 * (last.train_accuracy - last.val_accuracy)
     sign = ("overfitting" if rise > 2 * error else "perhaps underfitting" if gap < 0 else
             "no harmful overfitting seen")
-    return (f"Validation loss ended {rise:.3f} above its minimum (epoch {lowest.epoch}; standard "
-            f"error {error:.3f}); training accuracy minus validation accuracy is {gap:+.1f} "
-            f"points: {sign}.")
+    ended = f"{rise:.3f} above its minimum (epoch {lowest.epoch})" if rise else "at its minimum"
+    text = (f"Validation loss ended {ended}, {last.val_loss:.3f} ± {error:.3f}; training accuracy "
+            f"is {gap:+.1f} points from validation accuracy: {sign}.")
+    if n < recipe.epochs:
+        text += f" Only {n} of {recipe.epochs} epochs were trained."
+    return text
 
 
 def confusion_sentence(matrix: np.ndarray, class_names: Sequence[str]) -> str:
@@ -1075,6 +1084,47 @@ def confusion_sentence(matrix: np.ndarray, class_names: Sequence[str]) -> str:
     i, j = np.unravel_index(both.argmax(), both.shape)
     return (f"{both[i, j]} of the {both.sum()} mistakes are between {class_names[i]} and "
             f"{class_names[j]}." if both.any() else "No mistakes.")
+
+
+Study = Dict[str, Tuple[np.ndarray, np.ndarray]]  # {swap: (its accuracies, ReLU's)}
+
+
+def read_study(path, recipe: Recipe, **settings) -> Study:
+    """Trainings over seeds, as tests/benchmark.py wrote them: {swap: (accuracies, ReLU's)}.
+
+    Both are (seeds, epochs + 1), paired by seed: on the validation images after each epoch, then on
+    the test images. Empty without a file, or if a row has another recipe or other ``settings``,
+    {column: value}.
+    """
+    groups, study, settings = {}, {}, {**settings, **asdict(recipe)}
+    with open(path if Path(path).exists() else os.devnull, newline="") as file:
+        for row in csv.DictReader(file):
+            if any(row.get(name) != str(value) for name, value in settings.items()):
+                return {}
+            groups.setdefault((row["seed"], row["trainable"]), {})[row["swap"]] = [
+                float(accuracy) for accuracy in [*row["validation"].split(), row["test"]]]
+    for group in groups.values():
+        relu = [group.pop(swap) for swap in [*group] if swap.startswith("ReLU")]
+        for swap, own in group.items() if relu else ():
+            study.setdefault(swap, []).append((own, relu[0]))
+    return {swap: tuple(np.array(pairs).swapaxes(0, 1)) for swap, pairs in study.items()}
+
+
+def equivalence_p(gains: np.ndarray, margin: float = 0.01) -> float:
+    """The p of two one-sided t tests (Schuirmann 1987): is the mean of (N,) within ± margin?"""
+    return max(stats.ttest_1samp(gains, -margin, alternative="greater").pvalue,
+               stats.ttest_1samp(gains, margin, alternative="less").pvalue)
+
+
+def study_sentence(study: Study, swap: str) -> str:
+    """What a study says of a swap; empty if it is not in it."""
+    if swap not in study:
+        return ""
+    own, relu = (accuracies[:, -1] for accuracies in study[swap])
+    p_value = equivalence_p(own - relu)
+    within = "within" if p_value < 0.05 else "not shown to be within"
+    return (f"Over {len(own)} seeds (separate runs, same images and weights) {swap} minus ReLU is "
+            f"{paired_difference(own, relu)}, {within} 1 point (p {p_value:.2g}).")
 
 
 # ==== Pictures ===================================================================================
@@ -1171,4 +1221,21 @@ def plot_sites(sites: Dict[str, Sequence[Site]], activation: str, title: str) ->
         curves.grid(False)
     handles = [h for a in figure.axes[:2] for h in a.get_legend_handles_labels()[0]]
     figure.axes[1].legend(handles=handles, fontsize=8, loc="upper left")
+    return figure
+
+
+def plot_study(study: Study, title: str) -> Figure:
+    """Each seed's difference from ReLU on the test images, mean and interval; ±1 point in grey."""
+    figure = _figure(title, 10, 1.4 + 0.5 * len(study))
+    axis = figure.subplots()
+    axis.axvspan(-1, 1, color=GREY, alpha=0.15)
+    axis.axvline(0, color=GREY)
+    for y, (own, relu) in enumerate(study.values()):
+        mean, low, high = 100 * np.array(astuple(paired_difference(own[:, -1], relu[:, -1])))
+        axis.plot(100 * (own - relu)[:, -1], [y - 0.2] * len(own), "o", color=BLUE,
+                  alpha=0.5)
+        axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="D", color=ORANGE, capsize=5)
+    axis.set(yticks=range(len(study)), yticklabels=study, ylim=(len(study) - 0.5, -0.5),
+             xlabel="test accuracy minus ReLU's with the same seed, points")
+    axis.grid(False)
     return figure

@@ -14,6 +14,7 @@ import argparse
 import csv
 import itertools
 import platform
+import re
 import sys
 import time
 from dataclasses import asdict, replace
@@ -27,7 +28,7 @@ import torch
 import torchvision
 from sklearn.model_selection import StratifiedKFold
 from torch import nn
-from torchvision import models, transforms
+from torchvision import transforms
 
 import helpers
 
@@ -51,9 +52,9 @@ def split(train, seed):
 def network(seed, pretrained, activation="SiLU", frozen=(), first=7):
     """ResNet-18 with its new head; ``activation`` "ReLU" leaves every nn.ReLU in place."""
     torch.manual_seed(seed)
-    model, is_pretrained, weights = helpers.build_model("resnet18", pretrained)
-    if is_pretrained != pretrained:
-        raise SystemExit(weights)
+    model, sha256, label = helpers.build_model("resnet18", pretrained)
+    if (sha256 != "random") != pretrained:
+        raise SystemExit(label)
     helpers.freeze(model, frozen, helpers.find_modules(model, nn.ReLU)[first - 1][0])
     if activation != "ReLU":
         helpers.replace_relu(model, helpers.ACTIVATIONS[activation], first)
@@ -64,22 +65,10 @@ def network(seed, pretrained, activation="SiLU", frozen=(), first=7):
 
 def processor():
     """The processor's name and kind."""
-    found, info = {}, Path("/proc/cpuinfo")
-    if info.exists():
-        pairs = [line.split(":") for line in info.read_text().splitlines() if ":" in line]
-        found = {key.strip(): value.strip() for key, value in pairs}
+    info = Path("/proc/cpuinfo")
+    found = dict(re.findall(r"(.*\S)\s*: (.*)", info.read_text())) if info.exists() else {}
     return (f"{found.get('model name') or platform.processor()} cpu family "
             f"{found.get('cpu family')} model {found.get('model')}")
-
-
-def rates():
-    """How fast a product of two 2,048 x 2,048 matrices is, as text."""
-    found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(2048, 2048, dtype=dtype)
-        seconds = min(timed(lambda: matrix @ matrix) for _ in range(3))
-        found.append(f"{2 * 2048**3 / seconds / 1e9:.0f} GFLOP/s in {str(dtype)[6:]}")
-    return f"{', '.join(found)}, {torch.get_num_threads()} threads"
 
 
 def timed(work):
@@ -130,33 +119,57 @@ def study(train, test, source, recipe, args, dtype):
     Rows that are there are not repeated. A file of other images, weights or recipe is refused.
     ``right`` are the right answers on the test images, packed to bits, in hexadecimal.
     """
-    path, weights = Path(args.study), "random"
-    if args.weights == "pretrained":
-        name = Path(models.ResNet18_Weights.DEFAULT.url).name
-        weights = helpers.hash_file(Path(torch.hub.get_dir(), "checkpoints", name), "sha256")
-    fixed = {"images": source, "weights": weights, "precision": args.precision, **asdict(recipe)}
-    fixed["frozen"] = " ".join(recipe.frozen)
+    path = Path(args.study)
+    _, weights, _ = helpers.build_model("resnet18", args.weights == "pretrained")
+    fixed = {"model": "resnet18", "classes": [*helpers.class_mapping(CLASS_NAMES)[1]],
+             "images": source, "weights": weights, "precision": args.precision, "batch_size": 128,
+             **asdict(recipe)}
     rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     for row, (name, value) in itertools.product(rows, fixed.items()):
         if row[name] != str(value):
             raise SystemExit(f"{path} has {name} {row[name]}, not {value}: use another file.")
-    done = {(row["activation"], row["first"], row["seed"]) for row in rows}
+    done = [{name: row[name] for name in ("swap", "seed")} for row in rows]
     for seed, activation in itertools.product(args.seeds, args.activations):
-        key = {"activation": activation, "first": str(args.first), "seed": str(seed)}
-        if tuple(key.values()) in done:
+        key = {"swap": f"{activation} from {args.first}", "seed": str(seed)}
+        if key in done:
             continue
         model, history = train_ours(*split(train, seed), seed, recipe, args, dtype, activation)
         right = right_answers(model, *test, recipe.image_size, dtype)
-        row = {**key, **fixed, "processor": processor(), "threads": torch.get_num_threads(),
+        row = {**key, **fixed, "trainable": helpers.count_parameters(model)[1],
+               "processor": processor(), "threads": torch.get_num_threads(),
                "torch": torch.__version__, "torchvision": torchvision.__version__,
-               "minutes": f"{history.seconds / 60:.1f}", "test": f"{right.mean():.4f}",
+               "minutes": f"{history.seconds / 60:.1f}",
                "validation": " ".join(f"{m.val_accuracy:.4f}" for m in history.epochs),
-               "right": np.packbits(right).tobytes().hex()}
+               "test": f"{right.mean():.4f}", "right": np.packbits(right).tobytes().hex()}
         with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
+            writer = csv.DictWriter(file, row, lineterminator="\n")
             if not file.tell():
                 writer.writeheader()
             writer.writerow(row)
+    print(study_table(found := helpers.read_study(path, recipe), len(test[1])))
+    helpers.plot_study(found, "Each seed's difference from ReLU, mean and 95% interval").savefig(
+        path.with_suffix(".png"), metadata={"Comment": helpers.hash_file(path, "sha256")})
+
+
+def study_table(study, n_images):
+    """A markdown table with a row for each swap; ± is half of a 95% interval.
+
+    Beside the seeds' spread stands what is expected of the chance of training alone, the square
+    root of error / 2 n (Jordan 2023, arXiv 2304.01910).
+    """
+    lines = ["| swap | seeds | test | ReLU's | difference, points | within 1 point | seeds' spread "
+             "(expected) | validation, each epoch's difference |", "| --- " * 8 + "|"]
+    for swap, (own, relu) in study.items():
+        *validation, test = [f"{100 * d.mean:+.2f} ± {100 * (d.high - d.mean):.2f}"
+                             for d in map(helpers.paired_difference, own.T, relu.T)]
+        own, relu = own[:, -1], relu[:, -1]
+        p_value = helpers.equivalence_p(own - relu)
+        lines.append(
+            f"| {swap} | {len(own)} | {own.mean():.2%} | {relu.mean():.2%} | {test} | "
+            f"{'yes' if p_value < 0.05 else 'not shown'}, p {p_value:.2g} | "
+            f"{100 * own.std(ddof=1):.2f} ({100 * ((1 - own.mean()) / 2 / n_images) ** 0.5:.2f}) | "
+            f"{', '.join(validation)} |")
+    return "\n".join(lines)
 
 
 # ==== Ablation ===================================================================================
@@ -168,21 +181,18 @@ SGD = dict(sgd=True, weight_decay=5e-4)
 # What is changed: fields of the recipe, the batch size, the optimiser, or the augmentation.
 VARIANTS = {
     "pretrained": {
-        "rate 2e-4": dict(lr=2e-4), "rate 1e-3": dict(lr=1e-3), "batch 64": dict(batch_size=64),
-        "SGD 0.01": dict(SGD, lr=0.01), "SGD 0.03": dict(SGD, lr=0.03),
-        "SGD 0.1": dict(SGD, lr=0.1), "3 epochs": dict(epochs=3), "6 epochs": dict(epochs=6),
+        "rate 2e-4": dict(lr=2e-4), "rate 1e-3": dict(lr=1e-3), "SGD 0.03": dict(SGD, lr=0.03),
+        "batch 64": dict(batch_size=64), "3 epochs": dict(epochs=3), "6 epochs": dict(epochs=6),
         "nothing frozen, 3 epochs": dict(frozen=(), epochs=3),
         "layer2 frozen, too, 5 epochs": dict(frozen=(*STEM, "layer2"), epochs=5),
-        "112 px, 3 epochs": dict(image_size=112, epochs=3),
-        "128 px, 3 epochs": dict(image_size=128, epochs=3), "128 px": dict(image_size=128),
-        "160 px, 2 epochs": dict(image_size=160, epochs=2),
+        "112 px, 3 epochs": dict(image_size=112, epochs=3), "128 px": dict(image_size=128),
+        "128 px, 3 epochs": dict(image_size=128, epochs=3),
         "no label smoothing": dict(label_smoothing=0.0),
         "ColorJitter": dict(augment=CROP + FLIP + [transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)]),
-        "TrivialAugmentWide": dict(augment=CROP + FLIP + [transforms.TrivialAugmentWide()]),
         "RandomResizedCrop": dict(augment=FLIP + [
             transforms.RandomResizedCrop(32, scale=(0.5, 1), antialias=True)])},
     "random": {
-        "rate 1e-3": dict(lr=1e-3), "batch 64": dict(batch_size=64), "14 epochs": dict(epochs=14),
+        "batch 64": dict(batch_size=64), "14 epochs": dict(epochs=14),
         "14 epochs, SGD 0.1": dict(SGD, lr=0.1, epochs=14),
         "64 px, 13 epochs": dict(image_size=64, epochs=13),
         "64 px, 13 epochs, SGD 0.1": dict(SGD, lr=0.1, image_size=64, epochs=13)}}
@@ -193,8 +203,7 @@ def ablate(train, recipe, args, dtype):
 
     Differences are paired over images: the standard error leaves out the chance of training.
     """
-    print("| variant | min a training | accuracy | difference ± s.e., points |\n"
-          "| --- | --- | --- | --- |")
+    print("| variant | min each | test fold | difference ± s.e., points |\n" + "| --- " * 4 + "|")
     images, labels = train
     folds = list(StratifiedKFold(3, shuffle=True, random_state=0).split(images, labels))
     of_recipe = None
@@ -254,45 +263,37 @@ def probe(train, recipe, args):
 # ==== Two public recipes, with the same swap, in float32 ==========================================
 
 
-def public_recipe(steps_per_epoch, epochs):
-    """From ImageNet weights: Adam 1e-3, a tenth after 70% of the epochs, batch 64, 32x32."""
+def public_recipe(n_steps):
+    """From ImageNet weights: Adam 1e-3, a tenth after 70% of the steps, batch 64, 32x32."""
     model = network(1337, pretrained=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    return model, optimizer, torch.optim.lr_scheduler.StepLR(
-        optimizer, max(1, int(0.7 * epochs * steps_per_epoch)), 0.1)
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, int(0.7 * n_steps))
 
 
-def lightning_recipe(steps_per_epoch, epochs):
+def lightning_recipe(n_steps):
     """From random weights: 3x3 stem, no max-pool, SGD, one cycle up to 0.1, batch 64."""
     model = network(1337, pretrained=False)
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.1, total_steps=steps_per_epoch * epochs)
-
-
-PEERS = {"public solution": public_recipe, "Lightning tutorial": lightning_recipe}
+    return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, n_steps)
 
 
 def train_peer(make, train, test, seconds):
     """Train a public recipe for the given wall time, without validation; the last weights count."""
-    fitting, _ = split(train, 1337)
     helpers.seed_everything(1337)
-    loader = helpers.make_loader(*fitting, train=True, image_size=32, batch_size=64)
+    loader = helpers.make_loader(*split(train, 1337)[0], train=True, image_size=32, batch_size=64)
     loader.dataset.augment = transforms.Compose([transforms.RandomCrop(32, padding=4), *FLIP])
 
-    def train(state, batches):
-        model, optimizer, scheduler = state
+    def run(batches, model, optimizer, scheduler):
         helpers.train_one_epoch(
             model, nn.CrossEntropyLoss(), optimizer, batches, scheduler=scheduler)
 
-    state, few = make(len(loader), 1000), [batch for batch, _ in zip(loader, range(8))]
-    train(state, few)
-    epochs = max(1, round(seconds / (timed(lambda: train(state, few)) / len(few) * len(loader))))
+    few, state = list(itertools.islice(loader, 8)), make(1000)
+    epochs = round(seconds / (timed(lambda: run(few, *state)) / len(few) * len(loader))) or 1
     helpers.seed_everything(1337)
-    state = make(len(loader), epochs)
-    taken = timed(lambda: [train(state, loader) for _ in range(epochs)])
+    state = make(len(loader) * epochs)
+    taken = timed(lambda: [run(loader, *state) for _ in range(epochs)])
     right = right_answers(state[0], *test, 32, torch.float32)
     return 64 * len(loader) * epochs, taken, right.mean()
 
@@ -309,7 +310,8 @@ def compare_recipes(train, test, recipe, args, dtype):
     model, history = train_ours(fitting, validating, 1337, recipe, args, dtype)
     row("this one (with validation)", len(history.epochs) * len(fitting[1]), history.seconds,
         right_answers(model, *test, recipe.image_size, dtype).mean())
-    for label, make in PEERS.items():
+    for label, make in (
+            ("public solution", public_recipe), ("Lightning tutorial", lightning_recipe)):
         row(label, *train_peer(make, train, test, history.seconds))
 
 
@@ -328,11 +330,9 @@ def measure_speed(train, recipe, args, dtype, steps=10, rounds=5):
     optimizer = helpers.make_optimizer(model, recipe)
     x, y = next(iter(loader))
 
-    def few():
-        return (batch for _, batch in zip(range(steps), loader))
-
     def real():
-        helpers.train_one_epoch(model, criterion, optimizer, few(), dtype)
+        batches = itertools.islice(loader, steps)
+        helpers.train_one_epoch(model, criterion, optimizer, batches, dtype)
 
     def bare():
         for _ in range(steps):
@@ -341,7 +341,7 @@ def measure_speed(train, recipe, args, dtype, steps=10, rounds=5):
             criterion(logits, y).backward()
             optimizer.step()
 
-    works = real, bare, lambda: list(few())
+    works = real, bare, lambda: list(itertools.islice(loader, steps))
     [work() for work in works]
     # In turns, so that a machine that slows down or speeds up does so for all of them.
     times = np.median([[timed(work) for work in works] for _ in range(rounds)], axis=0)
@@ -379,7 +379,7 @@ def main():
     args = parser.parse_args()
     helpers.seed_everything(1337)
     dtype, recipe = getattr(torch, args.precision), helpers.RECIPES[args.weights]
-    print(f"{processor()}; {rates()}\n{args.precision}, "
+    print(f"{processor()}\n{args.precision}, "
           f"{helpers.environment_summary(1337, 'cpu')}\n{recipe}")
     train, test, source = load(ROOT / "data")
     print(f"Data source: {source}", flush=True)

@@ -1,4 +1,6 @@
+import csv
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,3 +77,13 @@ def write_image_tree(data_dir, n_train=24, n_test=8, suffix=".png"):
             for i, image in enumerate(images[labels == label][:n]):
                 Image.fromarray(image).save(folder / f"{i:05d}{suffix}")
     return digits
+
+
+def write_study(path, recipe, rows, **settings):
+    """A file as tests/benchmark.py writes it; a row is a swap, seed, trainable, and accuracies."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        fixed = {**asdict(recipe), **settings}
+        writer.writerow(["swap", "seed", "trainable", "validation", "test", *fixed])
+        for *key, one, two, test in rows:
+            writer.writerow([*key, f"{one} {two}", test, *fixed.values()])

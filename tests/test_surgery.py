@@ -29,11 +29,11 @@ def test_a_resnet_keeps_its_first_six_relus_and_loses_the_others(name, activatio
     with torch.device("meta"):
         model = models.get_model(name, weights=None)
     before, total = helpers.find_modules(model, nn.ReLU), helpers.MODELS[name]
-    report = helpers.replace_relu(model, helpers.ACTIVATIONS[activation], 7)
+    replaced = helpers.replace_relu(model, helpers.ACTIVATIONS[activation], 7)
     assert helpers.find_modules(model, nn.ReLU) == before[:6]  # the same objects
     names, new = zip(*helpers.find_modules(model, getattr(nn, activation)))
-    assert names == tuple(place for place, _ in before[6:]) and len(set(new)) == total - 6
-    assert report == helpers.SurgeryReport(total, (*range(7, total + 1),), names, 6, total - 6)
+    assert replaced == [*names] == [place for place, _ in before[6:]]
+    assert len(before) == total and len(set(new)) == total - 6
     assert activation != "LeakyReLU" or {m.negative_slope for m in new} == {0.01}
 
 
@@ -50,8 +50,8 @@ def test_relus_and_their_subclasses_count_depth_first_and_hooks_and_modes_are_ke
     model.first[1].train()
     model.last["b"].register_forward_hook(lambda *args: "hooked")
     assert (names := names_of(model)) == ["last.b", "last.a.0", "last.a.3", "first.0.1", "first.1"]
-    report = helpers.replace_relu(model, lambda: nn.Sequential(nn.Sequential(nn.SiLU())), 4)
-    assert report.inserted == 2 and names_of(model) == names[:3]
+    helpers.replace_relu(model, lambda: nn.Sequential(nn.Sequential(nn.SiLU())), 4)
+    assert names_of(model) == names[:3]
     assert names_of(model, nn.SiLU) == ["last.a.1", "first.0.1.0.0", "first.1.0.0"]
     training = [name for name, _, training in places_and_modes(model) if training]
     assert training == ["first.1", "first.1.0", "first.1.0.0"]
@@ -61,11 +61,10 @@ def test_relus_and_their_subclasses_count_depth_first_and_hooks_and_modes_are_ke
 def test_a_shared_relu_or_container_is_replaced_at_each_place():
     shared, container = nn.ReLU(), nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     model = nn.Sequential(shared, shared, nn.Sequential(shared, nn.ReLU()))
-    report = helpers.replace_relu(model, nn.SiLU, 2)
-    assert report.total == 4 and report.replaced_names == ("1", "2.0", "2.1")
+    assert helpers.replace_relu(model, nn.SiLU, 2) == ["1", "2.0", "2.1"]
     assert model[0] is shared and len({model[1], model[2][0], model[2][1]}) == 3
     model = nn.Sequential(container, container)
-    assert helpers.replace_relu(model, nn.SiLU, 1).inserted == 2
+    assert helpers.replace_relu(model, nn.SiLU, 1) == ["0.1", "1.1"]
     assert model[0] is model[1] is container and names_of(model, nn.SiLU) == ["0.1", "1.1"]
 
 
@@ -100,12 +99,13 @@ def test_a_new_activation_with_parameters_has_the_device_and_dtype_around_it():
 def test_a_random_model_and_its_new_head_are_made_by_torchs_generator():
     torch.manual_seed(1)
     model, *told = helpers.build_model("resnet18", False)
-    assert told == [False, "random initialisation"] and helpers.replace_head(model, 3) is model.fc
+    assert told == ["random", "random initialisation"] and helpers.replace_head(model, 3)
     torch.manual_seed(1)
     expected = models.get_model("resnet18", weights=None)
     expected.fc = nn.Linear(512, 3)
     assert all(map(torch.equal, model.parameters(), expected.parameters()))
     assert helpers.freeze(model, ("conv1", "bn1", "layer1"), "layer1.1.relu") == ("conv1", "bn1")
+    assert helpers.count_parameters(model) == (11178051, 11178051 - 64 * 147 - 2 * 64)
     with pytest.raises(ValueError, match="'vgg16': it must be one of"):
         helpers.build_model("vgg16", True)
 
@@ -156,10 +156,11 @@ def test_weights_are_verified_loaded_and_kept_or_the_label_says_in_one_line_why_
     monkeypatch.setattr(models, "get_model", lambda name, weights: tiny_net)
     if fault == "loop":
         hub.parent.symlink_to("hub")
-    ((pretrained, label),) = {helpers.build_model("resnet18", True)[1:] for _ in range(2)}
+    ((sha256, label),) = {helpers.build_model("resnet18", True)[1:] for _ in range(2)}
     want = rf"random initialisation, for want of ImageNet weights \([^/\n]*{told}[^/\n]*\)"
-    assert re.fullmatch(told if pretrained else want, label)
-    assert saved(tiny_net.state_dict()) == (GOOD if pretrained else before)
+    assert re.fullmatch(want if sha256 == "random" else told, label)
+    assert saved(tiny_net.state_dict()) == (before if sha256 == "random" else GOOD)
+    assert sha256 in ("random", hashlib.sha256(GOOD).hexdigest())
     assert [path.name for path in Path().rglob("*.*")] == [file] * (fault == "good")
     assert len(server.requests) == {"good": 1, "loop": 0}.get(fault, 2)
 
@@ -170,8 +171,8 @@ def test_larger_networks_train_from_other_weights_labelled_so(hub, loaders, name
     cached = models.get_model(name, weights=None).state_dict()
     hub.mkdir(parents=True)
     torch.save(cached, hub / Path(models.get_model_weights(name).DEFAULT.url).name)
-    model, pretrained, label = helpers.build_model(name, True)
-    assert pretrained and label.endswith(", not torchvision's own file)")
+    model, _, label = helpers.build_model(name, True)
+    assert "; not torchvision's own file, SHA-256 " in label
     recipe = helpers.pick_recipe("pretrained", 1, None)
     helpers.freeze(model, recipe.frozen, helpers.find_modules(model, nn.ReLU)[6][0])
     helpers.replace_relu(model, helpers.ACTIVATIONS[activation], 7)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import helpers
@@ -29,28 +28,11 @@ def clock(monkeypatch):
     return seconds
 
 
-def test_the_best_epoch_is_the_first_best_one_and_is_told_in_a_line():
-    epochs = [helpers.EpochMetrics(i, 0.51, 0.8, 1, a) for i, a in enumerate([0.7, 0.8, 0.8], 1)]
-    assert helpers.History(epochs).best.line(3) == (
-        "Epoch 2/3 | Train Loss: 0.510 | Train Acc: 80.0% | Val Loss: 1.000 | Val Acc: 80.0%")
-
-
-@pytest.mark.parametrize("start, epochs, size, recipe", [
-    ("pretrained", None, None, (4, 96, 5e-4, 0.05, 0.1, ("conv1", "bn1", "layer1"))),
-    ("random", None, None, (18, 48, 3e-3)), ("stand-in", None, None, (20, 32, 1e-3, 0.05, 0.1, ())),
-    ("random", np.int64(3), np.int64(64), (3, 64, 3e-3))])
-def test_a_recipe_takes_the_users_epochs_and_size_or_the_measured_ones(start, epochs, size, recipe):
-    found = helpers.pick_recipe(start, epochs, size)
-    assert found == helpers.Recipe(*recipe) and type(found.epochs) is type(found.image_size) is int
-
-
-def test_frozen_parts_keep_their_weights_and_statistics(tiny_net, loaders):
-    frozen = nn.ModuleList([tiny_net.features[0], tiny_net.features[1]]).requires_grad_(False)
-    before = flat(frozen.state_dict())
-    helpers.fit(tiny_net, *loaders, recipe=RECIPE, early_loader=loaders[1])
-    assert torch.equal(flat(frozen.state_dict()), before)
-    helpers.training_mode(tiny_net)
-    assert [m.training for m in tiny_net.modules()] == [True] * 2 + [False] * 2 + [True] * 6
+@pytest.mark.parametrize("start", helpers.RECIPES)
+def test_a_recipe_takes_the_users_epochs_and_size_or_the_measured_ones(start):
+    assert helpers.pick_recipe(start, None, None) == (recipe := helpers.RECIPES[start])
+    found = helpers.pick_recipe(start, np.int64(3), np.int64(64))
+    assert repr(found) == repr(replace(recipe, epochs=3, image_size=64))
 
 
 def test_prediction_is_plain_unless_mirrored_and_in_evaluation_mode(tiny_net, loaders):
@@ -69,32 +51,21 @@ def test_prediction_is_plain_unless_mirrored_and_in_evaluation_mode(tiny_net, lo
     assert np.array_equal(helpers.right_answers(tiny_net, batches), plain.argmax(1) == labels)
 
 
-@pytest.mark.parametrize("seconds, n_batches, step", [
-    ([9, 1, 1, 1, 2, 3, 3, 3], 30, 2), ([9, 2, 2], 3, 2), ([9], 1, 9)])
-def test_a_step_takes_the_median_of_a_few(tiny_net, loaders, clock, seconds, n_batches, step):
-    batches = list(loaders[1]) * n_batches
-    tiny_net.register_forward_pre_hook(lambda *_: clock.append(seconds[len(clock)]))
-    *_, line = helpers.plan_training(tiny_net, batches, batches[:1], recipe=RECIPE, seconds=1000,
-                                     dtype=torch.float32, run_control=True)
-    assert f"about {step * (n_batches + 1 / 3):.0f} s each" in line and clock == seconds
-
-
 @pytest.mark.parametrize("epochs, fitting, control, planned, pair", [
     (8, 99, False, 8, False), (8, 7.9, False, 7, False), (8, 0.1, True, 1, False),
     (8, 16, True, 8, True), (8, 15.9, True, 7, True), (8, 4, True, 2, True),
     (8, 3.9, True, 3, False), (1, 2, True, 1, True), (1, 1.9, True, 1, False)])
 def test_the_time_is_for_the_pair_or_one_and_planning_leaves_everything_as_it_was(
         tiny_net, loaders, clock, epochs, fitting, control, planned, pair):
-    tiny_net.eval().register_forward_pre_hook(lambda module, args: clock.append(0.3))
+    tiny_net.eval().register_forward_pre_hook(  # the first step is slower
+        lambda module, args: clock.append(0.3 if clock else 9))
     before = flat(tiny_net.state_dict()), torch.get_rng_state()
     recipe, seconds = replace(RECIPE, epochs=epochs), fitting / 0.85 + 1e-9
     *plan, line = helpers.plan_training(  # an epoch takes 3 steps and one of validation, 1 s
         tiny_net, *loaders, recipe=recipe, dtype=BFLOAT16, seconds=seconds, run_control=control)
     assert plan == [replace(recipe, epochs=planned), pair, 0.92 * seconds / (1 + pair)]
-    assert line == (
-        f"Epochs: {planned} of {epochs} for {'each of two networks' if pair else 'one network'}, "
-        f"about 1 s each, in a budget of {seconds / 60:g} min." + (control and not pair) *
-        "\nNo control: a pair would get fewer than 2 epochs each.")
+    told = f"{planned} of {epochs} for {'each of two networks' if pair else 'one network'}, about 1"
+    assert told in line and ("No control" in line) == (control and not pair)
     assert all(map(torch.equal, before, (flat(tiny_net.state_dict()), torch.get_rng_state())))
     assert not any(m.training for m in tiny_net.modules()) and tiny_net.fc.weight.grad is None
 
@@ -134,7 +105,7 @@ def test_a_training_equals_a_hand_written_one_and_seeds_nothing(tiny_net, loader
     assert seen == {(dtype, True)} and [n for n, _ in history.early] == [20, 24]
 
 
-def test_a_seed_trains_alike_whatever_is_evaluated_meanwhile(tiny_net, labelled_images, capsys):
+def test_a_seed_trains_alike_whatever_is_evaluated_meanwhile(tiny_net, labelled_images):
     loaders = [helpers.make_loader(*labelled_images, train=train, image_size=32, batch_size=size)
                for train, size in ((True, 4), (False, 90))]
 
@@ -148,7 +119,6 @@ def test_a_seed_trains_alike_whatever_is_evaluated_meanwhile(tiny_net, labelled_
     assert plain.epochs == same.epochs and torch.equal(weights, twins)
     assert [n // 4 for n, _ in same.early] == [3, 5, 7, 9, 11, 14, 16, 18, 20, 22]  # of 22 steps
     assert plain.early == [] and same.early[-1][1].mean() == same.epochs[0].val_accuracy
-    assert capsys.readouterr().out.splitlines()[:2] == [m.line(2) for m in plain.epochs]
 
 
 @pytest.mark.parametrize("moment, event, settings, outcome, n_complete", [
