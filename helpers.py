@@ -127,6 +127,11 @@ def environment_summary(seed: int, device) -> str:
         platform.python_version(), *versions, device, seed, cudnn.deterministic, cudnn.benchmark)
 
 
+NONDETERMINISM = (
+    "Nondeterminism left: sums round differently with other threads, processors or versions; the\n"
+    "measured speed sets the number of epochs; some GPU kernels have no deterministic form.")
+
+
 def format_duration(seconds: float) -> str:
     """Seconds as text, such as ``12 min 34 s``."""
     minutes, rest = divmod(round(seconds), 60)
@@ -297,7 +302,8 @@ def replace_relu(model: nn.Module, make_activation, first_replaced: int) -> List
     if not 1 <= first_replaced <= len(relus):
         raise ValueError(f"first_replaced is {first_replaced}, but the model has {len(relus)} "
                          "nn.ReLU: nothing was replaced.")
-    kept, (names, old) = relus[:first_replaced - 1], zip(*relus[first_replaced - 1:])
+    kept, replaced = relus[:first_replaced - 1], relus[first_replaced - 1:]
+    names, old = zip(*replaced)
     new = replace_modules(model, names, make_activation)
     if find_modules(model, nn.ReLU) != kept or len(set(new)) < len(new):
         replace_modules(model, names, iter(old).__next__)
@@ -911,6 +917,11 @@ def judge(difference: Difference, claim_low: float, claim_high: float = math.inf
 
 # ==== Analysis ===================================================================================
 
+NEXT_STEPS = {  # by the recipe's name
+    "pretrained": "Larger images (tests/ablation.md); the study over seeds with LeakyReLU, "
+                  "which disturbs the untrained network least (README), and with other weights.",
+    "random": "ImageNet weights; batches of 64 (tests/ablation.md)."}
+
 SITE_EDGES = np.linspace(-4, 4, 81)  # of the histograms of an activation's inputs
 
 # What is known of the test images of some classes, with the sources.
@@ -1053,7 +1064,7 @@ def describe_change(what: str, plain: Difference, again: Difference) -> str:
         causes.append("statistics that no longer match")
     if again.high < 0:
         causes.append("reliance on the activation")
-    unclear = "a cost, its cause unclear" if plain.high < 0 else "no clear cost"
+    unclear = "a cost; too few images to say why" if plain.high < 0 else "no clear cost"
     return (f"{what} {100 * plain.mean:+.1f} points, with statistics estimated again "
             f"{100 * again.mean:+.1f} ({' and '.join(causes) or unclear})")
 
@@ -1068,11 +1079,12 @@ def fit_sentence(history: History, recipe: Recipe, logits, targets) -> str:
     error = stats.sem(F.cross_entropy(logits, targets, reduction="none"))
     rise, n = last.val_loss - lowest.val_loss, len(history.epochs)
     gap = 100 * (last.train_accuracy - last.val_accuracy)
+    side = "below" if gap < 0 else "above"
     sign = ("overfitting" if rise > 2 * error else "perhaps underfitting" if gap < 0 else
             "no harmful overfitting seen")
     ended = f"{rise:.3f} above its minimum (epoch {lowest.epoch})" if rise else "at its minimum"
     text = (f"Validation loss ended {ended}, {last.val_loss:.3f} ± {error:.3f}; training accuracy "
-            f"is {gap:+.1f} points from validation accuracy: {sign}.")
+            f"is {abs(gap):.1f} points {side} validation accuracy: {sign}.")
     if n < recipe.epochs:
         text += f" Only {n} of {recipe.epochs} epochs were trained."
     return text
@@ -1124,7 +1136,8 @@ def study_sentence(study: Study, swap: str) -> str:
     p_value = equivalence_p(own - relu)
     within = "within" if p_value < 0.05 else "not shown to be within"
     return (f"Over {len(own)} seeds (separate runs, same images and weights) {swap} minus ReLU is "
-            f"{paired_difference(own, relu)}, {within} 1 point (p {p_value:.2g}).")
+            f"{paired_difference(own, relu)}, {within} ±1 point (two one-sided t tests, "
+            f"p {p_value:.2g}).")
 
 
 # ==== Pictures ===================================================================================

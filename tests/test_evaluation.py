@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
@@ -148,29 +149,28 @@ def test_each_prediction_gets_one_verdict(starts, early, end, again, initials):
     (-0.001, (-0.0009, 0.1), "statistics .* match"), (0, (0.06, 0.1), "no clear cost"),
     (-0.001, (0.06, 0.1), "statistics .* match"), (0, (-0.1, 0), "no clear cost"),
     (0, (-0.1, -0.0001), "reliance .*"), (0.05, (0.06, 0.1), "no clear cost"),
-    (-0.02, (-0.02, 0), "a .* unclear"), (-0.3, (-0.2, -0.1), "stat.* match and reliance .*")])
+    (-0.02, (-0.02, 0), "a cost; too .*"), (-0.3, (-0.2, -0.1), "stat.* match and reliance .*")])
 def test_mismatch_is_told_from_reliance(plain, again, said):
     text = helpers.describe_change("it", Difference(-0.02, -1, plain), Difference(0.01, *again))
     assert re.fullmatch(rf"it -2[.]0 points, with .* again [+]1[.]0 \({said}\)", text)
 
 
 @pytest.mark.parametrize("val_loss, accuracy, gap, sign", [
-    (0.62, 0.75, "+0.0", "no harmful overfitting seen"),
-    (0.62, 0.7, "-5.0", "perhaps underfitting"), (0.621, 0.8, "+5.0", "overfitting")])
+    (0.62, 0.75, "0.0 points above", "no harmful overfitting seen"),
+    (0.62, 0.7, "5.0 points below", "perhaps underfitting"),
+    (0.621, 0.8, "5.0 points above", "overfitting")])
 def test_overfitting_is_a_rise_beyond_two_standard_errors(val_loss, accuracy, gap, sign):
     history = helpers.History([*EPOCHS, replace(
         EPOCHS[1], epoch=3, val_loss=val_loss, train_accuracy=accuracy)])
     losses = torch.tensor([0.5, 0.7] * 50)  # the logits' cross-entropies
-    logits = torch.stack([torch.zeros(100), losses.expm1().log()], dim=1)
-    assert history.best.epoch == 2  # the first best one
+    logits, labels = F.pad(losses.expm1().log()[:, None], (1, 0)), torch.zeros(100).long()
     told = (f"Validation loss ended {val_loss - 0.6:.3f} above its minimum (epoch 2), "
-            f"{val_loss:.3f} ± 0.010; training accuracy is {gap} points from validation accuracy: "
-            f"{sign}.")
+            f"{val_loss:.3f} ± 0.010; training accuracy is {gap} validation accuracy: {sign}.")
     for epochs, said in ((3, told), (4, f"{told} Only 3 of 4 epochs were trained.")):
         assert said == helpers.fit_sentence(
-            history, helpers.Recipe(epochs, 32, 0.1), logits, torch.zeros(100, dtype=torch.long))
-    assert "ended at its minimum, 0.600 ±" in helpers.fit_sentence(
-        helpers.History(EPOCHS), RECIPE, logits, torch.zeros(100, dtype=torch.long))
+            history, helpers.Recipe(epochs, 32, 0.1), logits, labels)
+    assert history.best == EPOCHS[1] != history.epochs.pop()  # the first of two
+    assert "at its minimum, 0.600 ±" in helpers.fit_sentence(history, RECIPE, logits, labels)
 
 
 def test_the_most_frequent_confusion_is_named_in_either_direction():
@@ -197,7 +197,8 @@ def test_a_study_is_paired_by_seed_and_read_only_for_its_own_recipe_and_settings
     assert helpers.read_study(path, replace(RECIPE, lr=0.2)) == {}
     assert helpers.study_sentence(study, "SiLU from 7") == (
         "Over 2 seeds (separate runs, same images and weights) SiLU from 7 minus ReLU is +0.10 "
-        "points (95% paired CI -3.71 to +3.91), not shown to be within 1 point (p 0.1).")
+        "points (95% paired CI -3.71 to +3.91), not shown to be within ±1 point (two one-sided t "
+        "tests, p 0.1).")
 
 
 @pytest.mark.parametrize("mean, within", [(0, True), (0.007, True), (-0.008, False)])
@@ -225,9 +226,9 @@ def test_the_image_grid_has_captions_and_a_title():
 
 def test_the_curves_hold_the_metrics_and_the_steps_of_the_first_epoch():
     early = [(10, np.array([True, False])), (20, np.array([True, True]))]
-    history = helpers.History(EPOCHS, early=early)
-    axes = helpers.plot_histories({"SiLU": history, "ReLU": history}, "Title").axes
-    loss, accuracy, first = ([line.get_xydata().tolist() for line in a.lines] for a in axes)
+    histories = dict.fromkeys(["SiLU", "ReLU"], helpers.History(EPOCHS, early=early))
+    loss, accuracy, first = ([line.get_xydata().tolist() for line in axis.lines]
+                             for axis in helpers.plot_histories(histories, "Title").axes)
     assert loss == [[[1, 0.9], [2, 0.5]], [[1, 0.8], [2, 0.6]]] * 2
     assert accuracy == [[[1, 60], [2, 80]], [[1, 62], [2, 75]]] * 2
     assert first == [[[10, 50], [20, 100]]] * 2
@@ -240,8 +241,7 @@ def test_confusions_and_sites_are_drawn_without_a_warning_or_a_grid_in_a_users_o
     with matplotlib.rc_context({"figure.constrained_layout.use": True, "axes.grid": True}):
         figure = helpers.plot_confusions(matrices, ["cat", "dog"], "Title")
         sites = helpers.plot_sites({"before": places, "after": places}, "GELU", "Title")
-        for made in (figure, sites):
-            made.savefig(io.BytesIO(), format="png")
+        [made.savefig(io.BytesIO(), format="png") for made in (figure, sites)]
     for axis in (*figure.axes, *sites.axes):
         assert not any(line.get_visible() for line in axis.get_xgridlines())
     assert [(text.get_position(), text.get_text()) for text in figure.axes[1].texts] == [
