@@ -203,7 +203,7 @@ def ablate(train, recipe, args, dtype):
 
     Differences are paired over images: the standard error leaves out the chance of training.
     """
-    print("| variant | min each | test fold | difference ± s.e., points |\n" + "| --- " * 4 + "|")
+    print("| variant | min each | accuracy | difference ± s.e., points |\n" + "| --- " * 4 + "|")
     images, labels = train
     folds = list(StratifiedKFold(3, shuffle=True, random_state=0).split(images, labels))
     of_recipe = None

@@ -64,8 +64,8 @@ def test_the_time_is_for_the_pair_or_one_and_planning_leaves_everything_as_it_wa
     *plan, line = helpers.plan_training(  # an epoch takes 3 steps and one of validation, 1 s
         tiny_net, *loaders, recipe=recipe, dtype=BFLOAT16, seconds=seconds, run_control=control)
     assert plan == [replace(recipe, epochs=planned), pair, 0.92 * seconds / (1 + pair)]
-    told = f"{planned} of {epochs} for {'each of two networks' if pair else 'one network'}, about 1"
-    assert told in line and ("No control" in line) == (control and not pair)
+    told = f"{planned} of {epochs} for {'each of two networks' if pair else 'one network'}, "
+    assert told + "about 1 s an epoch" in line and ("No control" in line) == (control and not pair)
     assert all(map(torch.equal, before, (flat(tiny_net.state_dict()), torch.get_rng_state())))
     assert not any(m.training for m in tiny_net.modules()) and tiny_net.fc.weight.grad is None
 
