@@ -10,6 +10,7 @@ import copy
 import csv
 import hashlib
 import io
+import itertools
 import math
 import numbers
 import os
@@ -21,7 +22,7 @@ import tempfile
 import time
 import urllib.parse
 import warnings
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -70,10 +71,10 @@ def check_parameters(values: Dict[str, object]) -> None:
                 f"{none}a {'whole ' * (kind is numbers.Integral)}number from {low} to {high}")
 
     def one_of(*options):
-        return lambda v: isinstance(v, str) and v in options, f"one of {list(options)}"
+        return (lambda v: isinstance(v, (str, bool, np.bool_)) and v in options,
+                f"one of {list(options)}")
 
-    own = "None (the recipe's own) or "
-    boolean = lambda v: isinstance(v, (bool, np.bool_)), "True or False"
+    own, boolean = "None (the recipe's own) or ", one_of(True, False)
     n_relu = MODELS.get(str(values.get("MODEL_NAME")), 0)
     rules = {
         "SEED": number(0, 2**32 - 1), "MODEL_NAME": one_of(*MODELS), "PRETRAINED": boolean,
@@ -125,17 +126,6 @@ def environment_summary(seed: int, device) -> str:
     return ("Python {} | torch {} | torchvision {} | device: {}\n"
             "Seed: {} | cudnn.deterministic={} | cudnn.benchmark={}").format(
         platform.python_version(), *versions, device, seed, cudnn.deterministic, cudnn.benchmark)
-
-
-NONDETERMINISM = (
-    "Nondeterminism left: sums round differently with other threads, processors or versions; the\n"
-    "measured speed sets the number of epochs; some GPU kernels have no deterministic form.")
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as text, such as ``12 min 34 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s"
 
 
 def live_line() -> Callable[[str], None]:
@@ -211,49 +201,36 @@ def download(url: str, path: Path, algorithm: str, digest: str, code: str = FETC
 def build_model(name: str, pretrained: bool) -> Tuple[nn.Module, str, str]:
     """(one of ``MODELS`` with its 1000-way head, its weights' SHA-256 or "random", their label).
 
-    Random initialisation, by torch's global generator, if ImageNet weights are not asked for or
-    cannot be had. Raises ValueError for another name.
+    torchvision's default weights, from torch hub's cache or the network: a cached file is used
+    whatever its hash, as torch hub would, and labelled. If they are not asked for or cannot be had,
+    random initialisation, by torch's global generator. Raises ValueError for another name.
     """
     if name not in MODELS:
         raise ValueError(f"model name is {name!r}: it must be one of {list(MODELS)}.")
     model = models.get_model(name, weights=None)
     if not pretrained:
         return model, "random", "random initialisation"
-    try:
-        return (model, *load_imagenet_weights(model, name))
-    except SourceUnavailable as error:
-        return model, "random", f"random initialisation, for want of ImageNet weights ({error})"
-
-
-def load_imagenet_weights(model: nn.Module, name: str) -> Tuple[str, str]:
-    """Load torchvision's default weights, from torch hub's cache or the network: (SHA-256, label).
-
-    A cached file is used whatever its hash, as torch hub would, and labelled. Raises
-    SourceUnavailable, with ``model`` unchanged.
-    """
     weights = models.get_model_weights(name).DEFAULT
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    digest = path.stem.rsplit("-", 1)[1]
+    digest, label = path.stem.rsplit("-", 1)[1], f"ImageNet weights ({weights.name})"
+    trained = copy.deepcopy(model)  # a failed load leaves some weights set
     try:
         if not os.path.lexists(path):
             download(weights.url, path, "sha256", digest)
         sha256 = hash_file(path, "sha256")
-    except OSError as error:  # its own words hold the cache's absolute path
-        raise SourceUnavailable(f"torch hub's checkpoints: {error.strerror or error}") from None
-    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.0's, on its own storages
             # weights_only: the file is data, whatever it holds; it never runs code.
-            state_dict = torch.load(path, map_location="cpu", weights_only=True)
-        copy.deepcopy(model).load_state_dict(state_dict)  # a failed load leaves some weights set
-    except Exception as error:  # a damaged file fails in many ways: zip, pickle, keys, shapes
-        raise SourceUnavailable(f"{path.name} does not load, {type(error).__name__}: delete it "
-                                "from torch hub's checkpoints") from None
-    model.load_state_dict(state_dict)
-    if sha256.startswith(digest):
-        return sha256, f"ImageNet weights ({weights.name})"
-    return sha256, (f"a file in place of ImageNet weights ({weights.name}; not torchvision's own "
-                    f"file, SHA-256 {sha256[:8]})")
+            trained.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # the disk's, and of a damaged file many: zip, pickle, keys, shapes
+        reason = error if isinstance(error, SourceUnavailable) else (  # without absolute paths
+            f"{path.name} in torch hub's checkpoints does not load: "
+            f"{getattr(error, 'strerror', None) or type(error).__name__}"
+            f"{', delete it' if os.path.isfile(path) else ''}")
+        return model, "random", f"random initialisation, for want of ImageNet weights ({reason})"
+    if not sha256.startswith(digest):
+        label = f"a file in place of {label}, not torchvision's own file, SHA-256 {sha256[:8]}"
+    return trained, sha256, label
 
 
 def find_modules(model: nn.Module, kind: type) -> List[Tuple[str, nn.Module]]:
@@ -269,21 +246,18 @@ def find_modules(model: nn.Module, kind: type) -> List[Tuple[str, nn.Module]]:
         raise ValueError("a module holds a module that it is part of: remove that link.") from None
 
 
-def replace_modules(model: nn.Module, names, make: Callable[[], nn.Module]) -> List[nn.Module]:
-    """Put a new module, each from a call of ``make``, at each named place; returns the new ones.
+def place_modules(model: nn.Module, modules: Sequence[Tuple[str, nn.Module]]) -> None:
+    """Put each (qualified name, module) at its place, or change nothing if one has no place.
 
     It gets the old one's train/eval mode, and the device and dtype of its parent's first parameter.
     """
-    new = [make() for _ in names]
-    places = [(model.get_submodule(name.rpartition(".")[0]), name.split(".")[-1]) for name in names]
-    for (parent, key), module in zip(places, new):
-        near = next(iter([*parent.parameters(), *model.parameters()]), None)
-        if near is not None:
-            module.to(near)
-        module.train(getattr(parent, key).training)
-    for (parent, key), module in zip(places, new):  # only now, when nothing can fail any more
+    places = [(model.get_submodule(name.rpartition(".")[0]), name.split(".")[-1], module)
+              for name, module in modules]
+    for parent, key, module in places:
+        near = next(iter([*parent.parameters(), *model.parameters()]), torch.empty(0))
+        module.to(near).train(getattr(parent, key).training)
+    for parent, key, module in places:  # only now, when nothing can fail any more
         setattr(parent, key, module)
-    return new
 
 
 def replace_relu(model: nn.Module, make_activation, first_replaced: int) -> List[str]:
@@ -303,15 +277,15 @@ def replace_relu(model: nn.Module, make_activation, first_replaced: int) -> List
         raise ValueError(f"first_replaced is {first_replaced}, but the model has {len(relus)} "
                          "nn.ReLU: nothing was replaced.")
     kept, replaced = relus[:first_replaced - 1], relus[first_replaced - 1:]
-    names, old = zip(*replaced)
-    new = replace_modules(model, names, make_activation)
-    if find_modules(model, nn.ReLU) != kept or len(set(new)) < len(new):
-        replace_modules(model, names, iter(old).__next__)
+    new = [(name, make_activation()) for name, _ in replaced]
+    place_modules(model, new)
+    if find_modules(model, nn.ReLU) != kept or len({module for _, module in new}) < len(new):
+        place_modules(model, replaced)
         raise ValueError(
-            f"not only the {len(names)} nn.ReLU from the {first_replaced}th on would go: each call "
-            "must make a new module without nn.ReLU, and no module that holds one be registered "
-            "both before and after; nothing was replaced.")
-    return list(names)
+            f"nothing was replaced: not only nn.ReLU number {first_replaced} and later would go; "
+            "each call must make a new module without nn.ReLU, and no module that holds one be "
+            "registered both before and after.")
+    return [name for name, _ in replaced]
 
 
 def replace_head(model: nn.Module, n_classes: int) -> nn.Linear:
@@ -321,11 +295,9 @@ def replace_head(model: nn.Module, n_classes: int) -> nn.Linear:
     has that many outputs already.
     """
     old = getattr(model, "fc", None)
-    if not isinstance(old, nn.Linear):
-        raise ValueError(f"model.fc is {type(old).__name__}: it must be an nn.Linear.")
-    if n_classes not in (2, 3) or old.out_features == n_classes:
-        raise ValueError(f"n_classes is {n_classes} and model.fc has {old.out_features} outputs: "
-                         "2 or 3 new ones are needed; build the model again to start over.")
+    if not isinstance(old, nn.Linear) or n_classes not in (2, 3) or n_classes == old.out_features:
+        raise ValueError(f"n_classes is {n_classes} and model.fc is {old}: an nn.Linear and 2 or 3 "
+                         "new outputs are needed; build the model again to start over.")
     new = nn.Linear(old.in_features, n_classes, old.bias is not None)
     model.fc = new.to(old.weight).train(old.training)
     return model.fc
@@ -333,8 +305,8 @@ def replace_head(model: nn.Module, n_classes: int) -> nn.Linear:
 
 def count_parameters(model: nn.Module) -> Tuple[int, int]:
     """The numbers of all and of the trainable parameters."""
-    counts = [(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()]
-    return tuple(map(sum, zip(*counts)))
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trainable in sizes if trainable)
 
 
 def freeze(model: nn.Module, names: Sequence[str], first_swap: str) -> Tuple[str, ...]:
@@ -402,7 +374,7 @@ def load_cifar10(
                 skipped.append(str(error))
     except OSError as error:
         raise RuntimeError(f"CIFAR-10 cannot be read from or written to '{data_dir}' ({error}): "
-                           "make room or give access, or use another folder.") from error
+                           "add what is missing, make room or give access.") from error
     raise RuntimeError("\n- ".join(["CIFAR-10 could not be loaded.", *skipped]) + (
         f"\nSet ALLOW_STAND_IN to True, or put {ARCHIVE_NAME} or the folder {IMAGE_FOLDERS} into "
         f"'{data_dir}'."))
@@ -411,7 +383,7 @@ def load_cifar10(
 def load_official(data_dir: Path) -> Cifar10:
     """The official batches in ``data_dir``, unpacked from the archive if need be, by torchvision.
 
-    It checks the MD5 of every file before anything is unpickled. Raises SourceUnavailable if there
+    It checks the MD5 of each file before that is unpickled. Raises SourceUnavailable if there
     are neither batches nor archive, RuntimeError if they are damaged.
     """
     there = {BATCHES, ARCHIVE_NAME} & set(os.listdir(data_dir))
@@ -435,18 +407,15 @@ def load_image_folders(data_dir: Path, class_names: Sequence[str] = CIFAR10_CLAS
     """Classes as folders ``{train,test}/<class name>/*.{png,jpg}``, in the order of their names.
 
     They are in ``data_dir``/cifar10-images, or in ``data_dir`` itself. Raises SourceUnavailable if
-    they are not, RuntimeError if a class has no image, or an image is unfit.
+    they are not, FileNotFoundError if a class has no image, RuntimeError if an image is unfit.
     """
     names = os.listdir(data_dir)
     root = data_dir / IMAGE_FOLDERS if IMAGE_FOLDERS in names else data_dir
-    if root == data_dir and not (root / "train" / class_names[0]).is_dir():
+    if root == data_dir and not any((root / "train" / name).is_dir() for name in class_names):
         raise SourceUnavailable(f"no image folders '{IMAGE_FOLDERS}' in '{data_dir}'")
     ids, splits = {name: CIFAR10_CLASSES.index(name) for name in class_names}, []
     for split in ("train", "test"):
-        try:
-            files = datasets.folder.make_dataset(root / split, ids, (".png", ".jpg", ".jpeg"))
-        except FileNotFoundError as error:  # a class has no image
-            raise RuntimeError(f"{root.name}/{split}: {' '.join(str(error).split())}") from None
+        files = datasets.folder.make_dataset(root / split, ids, (".png", ".jpg", ".jpeg"))
         splits.append((np.stack([read_image(path) for path, _ in files]),
                        np.array([label for _, label in files], dtype=np.int64)))
     return Cifar10(*splits, f"image folders '{root.name}', not verified against the official MD5")
@@ -454,14 +423,12 @@ def load_image_folders(data_dir: Path, class_names: Sequence[str] = CIFAR10_CLAS
 
 def read_image(path: str) -> np.ndarray:
     """An image file as uint8 (32, 32, 3); RuntimeError if it is damaged or of another size."""
-    try:
+    with contextlib.suppress(Exception):  # Pillow raises many kinds on damaged files
         image = np.asarray(datasets.folder.default_loader(path))
-    except Exception:  # Pillow raises many kinds on damaged files
-        image = np.zeros(0)
-    if image.shape != (32, 32, 3):
-        name = "/".join(Path(path).parts[-4:])
-        raise RuntimeError(f"{name} is damaged or not 32x32: replace it.")
-    return image
+        if image.shape == (32, 32, 3):
+            return image
+    name = "/".join(Path(path).parts[-4:])
+    raise RuntimeError(f"{name} is damaged, unreadable or not 32x32: replace it.")
 
 
 def load_download(data_dir: Path, url: str) -> Cifar10:
@@ -597,8 +564,7 @@ def make_loader(images, labels, *, train: bool, image_size: int, batch_size: int
 
 # ==== Training ===================================================================================
 
-# Shares of the time budget: the trainings are planned for one and may take, with slower steps than
-# were timed, the other; the rest is for all else.
+# Trainings are planned for a share of the time budget, and stopped if they would take a larger one.
 PLANNED, ALLOWED = 0.85, 0.92
 
 
@@ -617,18 +583,18 @@ class Recipe:
     frozen: Tuple[str, ...] = ()
 
 
-# One for each starting point; tests/ablation.md has the measurements.
+# One for each starting point; tests/ablation.md has the measurements for the first two.
 RECIPES = {
     "pretrained": Recipe(epochs=4, image_size=96, lr=5e-4, frozen=("conv1", "bn1", "layer1")),
     "random": Recipe(epochs=18, image_size=48, lr=3e-3),
     "stand-in": Recipe(epochs=20, image_size=32, lr=1e-3)}
 
 
-def pick_recipe(start: str, epochs: Optional[int], image_size: Optional[int]) -> Recipe:
-    """The recipe of one of the ``RECIPES``, with these epochs and this image size unless None."""
+def pick_recipe(start: str, epochs: Optional[int], image_size: Optional[int], **other) -> Recipe:
+    """One of the ``RECIPES``, with these epochs and this image size unless None, and ``other``."""
     recipe = RECIPES[start]
     return replace(recipe, epochs=int(epochs or recipe.epochs),
-                   image_size=int(image_size or recipe.image_size))
+                   image_size=int(image_size or recipe.image_size), **other)
 
 
 @dataclass(frozen=True)
@@ -661,11 +627,6 @@ class History:
     seconds: float = 0.0
     stopped: Optional[str] = None
 
-    @property
-    def best(self) -> EpochMetrics:
-        """The first of the epochs with the highest validation accuracy."""
-        return max(self.epochs, key=lambda m: m.val_accuracy)
-
 
 def forward(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Logits, float32 (B, C), on the model's device; bfloat16 is automatic mixed precision.
@@ -687,35 +648,25 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def training_mode(model: nn.Module) -> None:
-    """Training mode for all but the modules whose parameters are all frozen."""
-    model.train()
-    for module in model.modules():
-        if {p.requires_grad for p in module.parameters()} == {False}:
-            module.eval()
-
-
 def train_one_epoch(
     model, criterion, optimizer, data_loader, dtype=torch.float32, scheduler=None,
     on_step=lambda step, n_images: None,
 ) -> Tuple[float, float]:
     """Train on every batch once; returns (mean cross-entropy, accuracy) over the images seen.
 
+    Modules whose parameters are all frozen are in evaluation mode, the others in training mode.
     Batches are float32 images (B, 3, H, W) and int64 targets (B,). ``scheduler`` steps with every
-    batch; then ``on_step`` gets the number of steps and of images so far. Raises
-    FloatingPointError, before the step, if a loss is not finite.
+    batch; then ``on_step`` gets the number of steps and of images so far.
     """
-    training_mode(model)
     loss_sum = correct = seen = 0
     for step, (images, targets) in enumerate(data_loader, start=1):
+        for module in model.train().modules():  # in each step: on_step may evaluate
+            if {p.requires_grad for p in module.parameters()} == {False}:  # all are frozen
+                module.eval()
         logits = forward(model, images, dtype)
         targets = targets.to(logits.device)
-        loss = criterion(logits, targets)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()} in step {step}, with a learning "
-                                     f"rate of {optimizer.param_groups[0]['lr']:.2e}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        optimizer.zero_grad()
+        criterion(logits, targets).backward()
         optimizer.step()
         if scheduler:
             scheduler.step()
@@ -743,16 +694,10 @@ def predict(model, data_loader, dtype=torch.float32, mirror=False) -> Tuple[torc
     return tuple(torch.cat(part) for part in zip(*batches))
 
 
-def evaluate(model, data_loader, dtype=torch.float32, mirror=False) -> Tuple[float, float]:
-    """(mean cross-entropy, accuracy) of :func:`predict` over a loader."""
+def evaluate(model, data_loader, dtype=torch.float32, mirror=False) -> Tuple[float, np.ndarray]:
+    """(mean cross-entropy, which images are right, bool (N,)) of :func:`predict` over a loader."""
     logits, targets = predict(model, data_loader, dtype, mirror)
-    return F.cross_entropy(logits, targets).item(), (logits.argmax(1) == targets).numpy().mean()
-
-
-def right_answers(model, data_loader, dtype=torch.float32) -> np.ndarray:
-    """Which of a loader's images a model gets right, bool (N,)."""
-    logits, targets = predict(model, data_loader, dtype)
-    return (logits.argmax(1) == targets).numpy()
+    return F.cross_entropy(logits, targets).item(), (logits.argmax(1) == targets).numpy()
 
 
 def plan_training(
@@ -764,12 +709,12 @@ def plan_training(
     to train the control, which is left out where the pair would get fewer than 2 each; the seconds
     that each training may take; a line that says so. torch's generator is left as it was.
     """
-    copied = copy.deepcopy(model)
-    optimizer, times = make_optimizer(copied, recipe), [time.perf_counter()]
+    copied, times = copy.deepcopy(model), [time.perf_counter()]
     with torch.random.fork_rng(devices=[]):
         train_one_epoch(
-            copied, nn.CrossEntropyLoss(), optimizer, (b for _, b in zip(range(8), train_loader)),
-            dtype, on_step=lambda *_: times.append(time.perf_counter()))
+            copied, nn.CrossEntropyLoss(), make_optimizer(copied, recipe),
+            itertools.islice(train_loader, 8), dtype,
+            on_step=lambda *_: times.append(time.perf_counter()))
     # The first step sets up kernels. A batch of validation takes about a third of a step.
     epoch_seconds = np.median(np.diff(times)[-7:]) * (len(train_loader) + len(val_loader) / 3)
     one, two = (int(min(recipe.epochs, PLANNED * seconds / n / epoch_seconds)) for n in (1, 2))
@@ -792,8 +737,8 @@ def fit(
 
     The loaders are any iterables of batches that have a length. Nothing is seeded: the caller does.
     After the first, no epoch is begun that would end later than in ``seconds``, nor one after
-    ``last_epoch``. The images of ``early_loader``, if there is one, are predicted at ``n_early``
-    steps of the first epoch. ``on_epoch`` gets each epoch's line.
+    ``last_epoch``. The images of ``early_loader``, if there is one, are predicted at up to
+    ``n_early`` steps of the first epoch. ``on_epoch`` gets each epoch's line.
 
     Raises FloatingPointError if a loss is not finite, KeyboardInterrupt if interrupted in the first
     epoch. Without a complete epoch the weights are as before.
@@ -811,8 +756,7 @@ def fit(
     def on_step(step, n_images):
         show_progress(f"Epoch {epoch}/{recipe.epochs}, step {step}/{n_steps}")
         if early_loader is not None and epoch == 1 and step in early_steps:
-            history.early.append((n_images, right_answers(model, early_loader, dtype)))
-            training_mode(model)
+            history.early.append((n_images, evaluate(model, early_loader, dtype)[1]))
 
     try:
         for epoch in range(1, last_epoch + 1):
@@ -821,20 +765,20 @@ def fit(
                 break
             trained = train_one_epoch(
                 model, criterion, optimizer, train_loader, dtype, scheduler, on_step)
-            metrics = EpochMetrics(epoch, *trained, *evaluate(model, val_loader, dtype))
-            if not math.isfinite(metrics.val_loss):  # the last step may have been too large
-                raise FloatingPointError(f"the validation loss is {metrics.val_loss}, after a "
-                                         f"learning rate of up to {recipe.lr:.2e}")
+            val_loss, right = evaluate(model, val_loader, dtype)
+            metrics = EpochMetrics(epoch, *trained, val_loss, right.mean())
+            if not math.isfinite(metrics.train_loss + val_loss):
+                raise FloatingPointError(
+                    f"Epoch {epoch}: the loss is not finite, with a learning rate of up to "
+                    f"{recipe.lr:.2e}: lower the recipe's.")
             state = copy.deepcopy(model.state_dict())
             history.states = [*history.states, state] if keep_states else [state]
             history.epochs.append(metrics)
             history.seconds = time.perf_counter() - start
             on_epoch(metrics.line(recipe.epochs))
-    except FloatingPointError as error:
-        raise FloatingPointError(f"Epoch {epoch}: {error}: lower the recipe's.") from None
     except KeyboardInterrupt:
         if not history.epochs:
-            raise KeyboardInterrupt("interrupted in the first epoch: run the cell again") from None
+            raise
         if len(history.epochs) < last_epoch:  # else they all exist
             history.stopped = f"interrupted after epoch {len(history.epochs)} of {recipe.epochs}"
     finally:
@@ -870,11 +814,8 @@ class Difference:
 def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
     """The mean of a - b, (N,) each, with Student's paired interval: a point without spread."""
     gains = np.asarray(a, dtype=float) - b
-    if np.ptp(gains) == 0:
-        same = float(gains[0])
-        return Difference(same, same, same)
-    interval = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
-    return Difference(float(gains.mean()), float(interval.low), float(interval.high))
+    mean, half = gains.mean(), stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains)
+    return Difference(mean, mean - half, mean + half)
 
 
 def compare_paired(correct_a, correct_b) -> Tuple[Difference, int, int, float]:
@@ -895,11 +836,9 @@ def compare_paired(correct_a, correct_b) -> Tuple[Difference, int, int, float]:
 
 def comparison_sentence(name: str, difference: Difference, p_value: float) -> str:
     """What one pair of trainings, ``name`` against ReLU, says, and what it cannot say."""
-    if difference.low <= 0 <= difference.high or p_value >= 0.05:
-        return f"In this run {name} and ReLU do not differ measurably."
-    return (f"In this run {name} scored {100 * abs(difference.mean):.1f} points "
-            f"{'higher' if difference.mean > 0 else 'lower'} than ReLU on the same images; one "
-            "seed cannot say whether by the swap or by chance.")
+    differ = p_value < 0.05 and not difference.low <= 0 <= difference.high
+    return (f"In this run {name} minus ReLU is {difference}, {'' if differ else 'not '}measurable "
+            "on these images; one seed cannot tell the swap from chance.")
 
 
 def judge(difference: Difference, claim_low: float, claim_high: float = math.inf) -> str:
@@ -917,39 +856,16 @@ def judge(difference: Difference, claim_low: float, claim_high: float = math.inf
 
 # ==== Analysis ===================================================================================
 
-NEXT_STEPS = {  # by the recipe's name
-    "pretrained": "Larger images (tests/ablation.md); the study over seeds with LeakyReLU, "
-                  "which disturbs the untrained network least (README), and with other weights.",
-    "random": "ImageNet weights; batches of 64 (tests/ablation.md)."}
-
 SITE_EDGES = np.linspace(-4, 4, 81)  # of the histograms of an activation's inputs
 
-# What is known of the test images of some classes, with the sources.
-CEILINGS = {("airplane", "cat", "dog"): (
-    "Ceiling: people who choose among ten classes name the right one for 93.9% of these test\n"
-    "images, and for 97.2% when they name one of the three (CIFAR-10H, Peterson et al. 2019);\n"
-    "26 of the 3,000 labels are candidates for errors (Northcutt et al. 2021).")}
 
+def measure_sites(model: nn.Module, names, activation: nn.Module, batch) -> List[dict]:
+    """What each named activation sees over one batch of images, in evaluation mode: a dict each.
 
-@dataclass(frozen=True)
-class Site:
-    """What one activation sees in a forward pass; ``side`` is that of its map, in pixels.
-
-    ``negative`` is the share of inputs below 0, ``change`` the root mean square of what another
-    activation adds to ReLU's output, as a share of ReLU's; ``shares`` are those of the inputs
-    between ``SITE_EDGES``.
+    ``name``, its ``calls`` in a forward pass, the ``side`` of its map in pixels, ``negative``, the
+    share of inputs below 0, ``change``, the root mean square of what another ``activation`` adds to
+    ReLU's output, as a share of ReLU's, and the ``shares`` of the inputs between ``SITE_EDGES``.
     """
-
-    name: str
-    calls: int
-    side: int
-    negative: float
-    change: float
-    shares: np.ndarray
-
-
-def measure_sites(model: nn.Module, names, activation: nn.Module, batch) -> List[Site]:
-    """Measure the inputs of the named activations over one batch of images, in evaluation mode."""
     copied, inputs = copy.deepcopy(model), {name: [] for name in names}
     for name, seen in inputs.items():  # cloned, because a module may work in place
         copied.get_submodule(name).register_forward_pre_hook(
@@ -959,29 +875,10 @@ def measure_sites(model: nn.Module, names, activation: nn.Module, batch) -> List
     for name, seen in inputs.items():
         x = torch.cat([each.flatten() for each in seen])
         change = (activation(x) - x.relu()).norm() / x.relu().norm()
-        sites.append(Site(name, len(seen), seen[-1].shape[-1], (x < 0).float().mean().item(),
-                          change.item(), np.histogram(x, SITE_EDGES)[0] / len(x)))
+        sites.append(dict(name=name, calls=len(seen), side=seen[-1].shape[-1],
+                          negative=(x < 0).float().mean().item(), change=change.item(),
+                          shares=np.histogram(x, SITE_EDGES)[0] / len(x)))
     return sites
-
-
-def reestimate_statistics(model: nn.Module, data_loader, behind: str) -> nn.Module:
-    """A copy with the statistics of the batch norms behind a place averaged anew over batches.
-
-    ``behind`` is an activation's qualified name: every batch norm counts that is registered in its
-    block or after it. Earlier ones see the same inputs and keep theirs.
-    """
-    copied = copy.deepcopy(model).eval()
-    names = [name for name, _ in copied.named_modules()]
-    for name in names[names.index(behind.rpartition(".")[0]):]:
-        norm = copied.get_submodule(name)
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.train().reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
-    with torch.no_grad():
-        for images, targets in data_loader:
-            if len(targets) > 1:  # one image has no variance where a map is a single pixel
-                forward(copied, images, torch.float32)
-    return copied.eval()
 
 
 def linear_probe(model: nn.Module, fit_loader, score_loader) -> np.ndarray:
@@ -998,16 +895,16 @@ def linear_probe(model: nn.Module, fit_loader, score_loader) -> np.ndarray:
     return classifier.predict(features) == targets
 
 
-def compare_statistics(score, changed, model, fit_loader, behind) -> Dict[str, tuple]:
-    """(accuracy of ``changed``, of ``model``, difference) by ``score``: right answers, bool (N,).
+def compare_statistics(score, data_loader, *networks: nn.Module) -> Dict[str, list]:
+    """The networks' scores with the batch norms' statistics "as they are", and "estimated again".
 
-    With the statistics "as they are", and "estimated again" by :func:`reestimate_statistics` for
-    both: what the change still costs then is no mismatch of statistics.
+    The latter by torch's update_bn, on copies, over a loader's images: how networks differ then is
+    no mismatch of statistics. ``score`` takes a network.
     """
-    again = [reestimate_statistics(each, fit_loader, behind) for each in (changed, model)]
-    pairs = {"as they are": (changed, model), "estimated again": again}
-    rights = {statistics: [score(each) for each in pair] for statistics, pair in pairs.items()}
-    return {k: (a.mean(), b.mean(), paired_difference(a, b)) for k, (a, b) in rights.items()}
+    again = copy.deepcopy(networks)
+    for network in again:
+        torch.optim.swa_utils.update_bn(data_loader, network, next(network.parameters()).device)
+    return {"as they are": [*map(score, networks)], "estimated again": [*map(score, again)]}
 
 
 def overfit_one_batch(model: nn.Module, batch, steps: int = 30) -> List[Tuple[float, float]]:
@@ -1019,15 +916,14 @@ def overfit_one_batch(model: nn.Module, batch, steps: int = 30) -> List[Tuple[fl
 
 
 def early_difference(history: History, control: History) -> Difference:
-    """Accuracy minus the control's, averaged over the first quarter of the steps measured.
+    """Accuracy minus the control's, averaged over the first three measurements of the first epoch.
 
     Raises ValueError if nothing was measured.
     """
     if not history.early or not control.early:
         raise ValueError("nothing was measured in the first epoch: give fit an early_loader.")
-    n = math.ceil(len(history.early) / 4)
-    return paired_difference(*(
-        np.mean([right for _, right in h.early[:n]], axis=0) for h in (history, control)))
+    own, other = (np.mean([right for _, right in h.early[:3]], 0) for h in (history, control))
+    return paired_difference(own, other)
 
 
 def images_until_level(history: History, control: History, within: float = 0.01) -> str:
@@ -1064,9 +960,8 @@ def describe_change(what: str, plain: Difference, again: Difference) -> str:
         causes.append("statistics that no longer match")
     if again.high < 0:
         causes.append("reliance on the activation")
-    unclear = "a cost; too few images to say why" if plain.high < 0 else "no clear cost"
     return (f"{what} {100 * plain.mean:+.1f} points, with statistics estimated again "
-            f"{100 * again.mean:+.1f} ({' and '.join(causes) or unclear})")
+            f"{100 * again.mean:+.1f} ({' and '.join(causes) or 'no clear cause'})")
 
 
 def fit_sentence(history: History, recipe: Recipe, logits, targets) -> str:
@@ -1077,17 +972,12 @@ def fit_sentence(history: History, recipe: Recipe, logits, targets) -> str:
     """
     last, lowest = history.epochs[-1], min(history.epochs, key=lambda m: m.val_loss)
     error = stats.sem(F.cross_entropy(logits, targets, reduction="none"))
-    rise, n = last.val_loss - lowest.val_loss, len(history.epochs)
-    gap = 100 * (last.train_accuracy - last.val_accuracy)
-    side = "below" if gap < 0 else "above"
+    rise, gap = last.val_loss - lowest.val_loss, last.train_accuracy - last.val_accuracy
     sign = ("overfitting" if rise > 2 * error else "perhaps underfitting" if gap < 0 else
             "no harmful overfitting seen")
-    ended = f"{rise:.3f} above its minimum (epoch {lowest.epoch})" if rise else "at its minimum"
-    text = (f"Validation loss ended {ended}, {last.val_loss:.3f} ± {error:.3f}; training accuracy "
-            f"is {abs(gap):.1f} points {side} validation accuracy: {sign}.")
-    if n < recipe.epochs:
-        text += f" Only {n} of {recipe.epochs} epochs were trained."
-    return text
+    return (f"{last.epoch} of {recipe.epochs} epochs: validation loss ended at {last.val_loss:.3f} "
+            f"± {error:.3f}, {rise:.3f} above its minimum (epoch {lowest.epoch}); training minus "
+            f"validation accuracy is {100 * gap:+.1f} points: {sign}.")
 
 
 def confusion_sentence(matrix: np.ndarray, class_names: Sequence[str]) -> str:
@@ -1106,20 +996,25 @@ def read_study(path, recipe: Recipe, **settings) -> Study:
 
     Both are (seeds, epochs + 1), paired by seed: on the validation images after each epoch, then on
     the test images. Empty without a file, or if a row has another recipe or other ``settings``,
-    {column: value}.
+    {column: value}; a swap needs two pairs.
     """
-    groups, study, settings = {}, {}, {**settings, **asdict(recipe)}
+    relus, others, study = {}, [], {}
     with open(path if Path(path).exists() else os.devnull, newline="") as file:
         for row in csv.DictReader(file):
-            if any(row.get(name) != str(value) for name, value in settings.items()):
-                return {}
-            groups.setdefault((row["seed"], row["trainable"]), {})[row["swap"]] = [
-                float(accuracy) for accuracy in [*row["validation"].split(), row["test"]]]
-    for group in groups.values():
-        relu = [group.pop(swap) for swap in [*group] if swap.startswith("ReLU")]
-        for swap, own in group.items() if relu else ():
-            study.setdefault(swap, []).append((own, relu[0]))
-    return {swap: tuple(np.array(pairs).swapaxes(0, 1)) for swap, pairs in study.items()}
+            for name, value in {**settings, **asdict(recipe)}.items():
+                if row.get(name) != str(value):
+                    return {}
+            key = row["seed"], row["trainable"]
+            accuracies = [float(a) for a in [*row["validation"].split(), row["test"]]]
+            if row["swap"].startswith("ReLU"):
+                relus[key] = accuracies
+            else:
+                others.append((row["swap"], key, accuracies))
+    for swap, key, accuracies in others:
+        if key in relus:
+            study.setdefault(swap, []).append((accuracies, relus[key]))
+    return {swap: tuple(np.array(pairs).swapaxes(0, 1)) for swap, pairs in study.items()
+            if len(pairs) > 1}
 
 
 def equivalence_p(gains: np.ndarray, margin: float = 0.01) -> float:
@@ -1128,16 +1023,16 @@ def equivalence_p(gains: np.ndarray, margin: float = 0.01) -> float:
                stats.ttest_1samp(gains, margin, alternative="less").pvalue)
 
 
-def study_sentence(study: Study, swap: str) -> str:
-    """What a study says of a swap; empty if it is not in it."""
+def study_sentence(study: Study, swap: str, precision: str) -> str:
+    """What a study, made in a precision, says of a swap; empty if the swap is not in it."""
     if swap not in study:
         return ""
     own, relu = (accuracies[:, -1] for accuracies in study[swap])
     p_value = equivalence_p(own - relu)
     within = "within" if p_value < 0.05 else "not shown to be within"
-    return (f"Over {len(own)} seeds (separate runs, same images and weights) {swap} minus ReLU is "
-            f"{paired_difference(own, relu)}, {within} ±1 point (two one-sided t tests, "
-            f"p {p_value:.2g}).")
+    return (f"Over {len(own)} seeds (separate runs in {precision}, same images and weights) {swap} "
+            f"changes test accuracy by {paired_difference(own, relu)}, {within} ±1 point (two "
+            f"one-sided t tests, p {p_value:.2g}).")
 
 
 # ==== Pictures ===================================================================================
@@ -1155,18 +1050,17 @@ def show(figure: Figure) -> None:
 
 
 def _figure(title: str, width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.set_label(title)  # for :func:`show`
+    figure = Figure((width, height), layout="constrained", label=title)  # for :func:`show`
     figure.suptitle(title, wrap=True)
     return figure
 
 
 def plot_images(images: Sequence[np.ndarray], captions: Sequence[str], title: str) -> Figure:
     """A grid of (H, W, 3) uint8 images with a caption each, 8 in a row."""
-    rows = max(1, math.ceil(len(images) / 8))
+    rows = math.ceil(len(images) / 8)
     figure = _figure(title, 10, 1.5 * rows + 0.5)
-    figure.subplots(rows, 8, subplot_kw=dict(xticks=(), yticks=(), frame_on=False))
-    for axis, image, caption in zip(figure.axes, images, captions):
+    for i, (image, caption) in enumerate(zip(images, captions), start=1):
+        axis = figure.add_subplot(rows, 8, i, xticks=(), yticks=(), frame_on=False)
         axis.imshow(image)
         axis.set_title(caption, fontsize=9)
     return figure
@@ -1178,62 +1072,58 @@ def plot_histories(histories: Dict[str, History], title: str) -> Figure:
     loss, accuracy, early = figure.subplots(1, 3)
     for (name, history), colour in zip(histories.items(), (BLUE, ORANGE)):
         for part, style in (("train", "--x"), ("val", "-o")):
-            for axis, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+            for axis, quantity in ((loss, "loss"), (accuracy, "accuracy")):
                 axis.plot([m.epoch for m in history.epochs],
-                          [scale * getattr(m, f"{part}_{quantity}") for m in history.epochs],
-                          style, color=colour, markersize=4, label=f"{name}, {part}")
-        early.errorbar([n for n, _ in history.early], [100 * r.mean() for _, r in history.early],
-                       [100 * stats.sem(r) for _, r in history.early], fmt="-o", color=colour,
-                       markersize=4)
+                          [getattr(m, f"{part}_{quantity}") for m in history.epochs],
+                          style, color=colour, label=f"{name}, {part}")
+        early.errorbar([n for n, _ in history.early], [r.mean() for _, r in history.early],
+                       [stats.sem(r) for _, r in history.early], fmt="-o", color=colour)
     loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
-    accuracy.set(title="Accuracy", xlabel="epoch", ylabel="accuracy, %")
-    early.set(title="Within the first epoch", xlabel="training images seen",
-              ylabel="accuracy ± standard error, %")
+    accuracy.set(title="Accuracy", xlabel="epoch")
+    early.set(title="Epoch 1, ± standard error", xlabel="training images seen")
+    loss.legend()
     for axis in figure.axes:
         axis.xaxis.get_major_locator().set_params(integer=True, nbins=5)
         axis.grid(alpha=0.3)
-    loss.legend()
     return figure
 
 
 def plot_confusions(matrices: Dict[str, np.ndarray], class_names, title: str) -> Figure:
     """Confusion matrices side by side; errors are shaded by their share of the row."""
     figure = _figure(title, max(6, 4.4 * len(matrices)), 4)
-    for axis, (name, matrix) in zip(
-            figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items()):
+    for i, (name, matrix) in enumerate(matrices.items(), start=1):
+        axis = figure.add_subplot(1, len(matrices), i)
         shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
-        errors = np.where(np.eye(len(matrix), dtype=bool), 0, shares)
+        errors = shares * (1 - np.eye(len(matrix)))
         axis.imshow(errors, cmap="Oranges", vmin=0, vmax=max(0.3, 1.5 * errors.max()))
-        for (i, j), n in np.ndenumerate(matrix):
-            axis.text(j, i, f"{n}\n{shares[i, j]:.1%}", ha="center", va="center")
-        ticks = range(len(class_names))
-        axis.set(title=name, xlabel="predicted", ylabel="true", xticks=ticks, yticks=ticks,
-                 xticklabels=class_names, yticklabels=class_names)
+        for (row, column), n in np.ndenumerate(matrix):
+            axis.text(column, row, f"{n}\n{shares[row, column]:.1%}", ha="center", va="center")
+        ticks = dict(ticks=range(len(class_names)), labels=class_names)
+        axis.set(title=name, xlabel="predicted", ylabel="true")
+        axis.set_xticks(**ticks)
+        axis.set_yticks(**ticks)
         axis.grid(False)
     return figure
 
 
-def plot_sites(sites: Dict[str, Sequence[Site]], activation: str, title: str) -> Figure:
+def plot_sites(sites: Dict[str, Sequence[dict]], activation: str, title: str) -> Figure:
     """Histograms of what each place sees, {when: its sites}; ReLU and ``activation`` over them."""
     places = list(zip(*sites.values()))
-    rows = math.ceil(len(places) / 3)
-    figure, x = _figure(title, 11, 2.6 * rows + 0.8), torch.from_numpy(SITE_EDGES)
+    rows, x = math.ceil(len(places) / 3), torch.from_numpy(SITE_EDGES)
+    figure = _figure(title, 11, 2.6 * rows + 0.8)
     for i, place in enumerate(places, start=1):
-        axis = figure.add_subplot(rows, 3, i)
-        for when, site, colour in zip(sites, place, (GREY, BLUE)):
-            axis.stairs(100 * site.shares, SITE_EDGES, color=colour, label=when,
-                        fill=colour == GREY)
+        below = " → ".join(f"{site['negative']:.0%}" for site in place)
+        axis = figure.add_subplot(rows, 3, i, title=f"{place[0]['name']}: {below} below 0",
+                                  xlabel="input", ylabel="share of inputs")
+        for site, when, colour, fill in zip(place, sites, (GREY, BLUE), (True, False)):
+            axis.stairs(site["shares"], SITE_EDGES, color=colour, label=when, fill=fill)
         curves = axis.twinx()
         curves.plot(x, x.relu(), ":", color="black", label="ReLU")
         curves.plot(x, ACTIVATIONS[activation]()(x), color=ORANGE, label=activation)
         curves.set(ylim=(-0.5, 4), ylabel="activation's output")
-        below = " → ".join(f"{site.negative:.0%}" for site in place)
-        axis.set(title=f"{place[0].name}: {below} below 0", xlabel="input",
-                 ylabel="share of inputs, %")
-        axis.grid(False)
-        curves.grid(False)
-    handles = [h for a in figure.axes[:2] for h in a.get_legend_handles_labels()[0]]
-    figure.axes[1].legend(handles=handles, fontsize=8, loc="upper left")
+        if i == 1:
+            axis.legend(loc="upper left", fontsize=8)
+            curves.legend(loc="center left", fontsize=8)
     return figure
 
 
@@ -1243,12 +1133,12 @@ def plot_study(study: Study, title: str) -> Figure:
     axis = figure.subplots()
     axis.axvspan(-1, 1, color=GREY, alpha=0.15)
     axis.axvline(0, color=GREY)
-    for y, (own, relu) in enumerate(study.values()):
-        mean, low, high = 100 * np.array(astuple(paired_difference(own[:, -1], relu[:, -1])))
-        axis.plot(100 * (own - relu)[:, -1], [y - 0.2] * len(own), "o", color=BLUE,
-                  alpha=0.5)
-        axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="D", color=ORANGE, capsize=5)
+    for y, pair in enumerate(study.values()):
+        own, relu = (100 * accuracies[:, -1] for accuracies in pair)
+        difference = paired_difference(own, relu)
+        axis.plot(own - relu, [y - 0.2] * len(own), "o", color=BLUE, alpha=0.5)
+        axis.errorbar(difference.mean, y, xerr=difference.high - difference.mean, fmt="D",
+                      color=ORANGE, capsize=5)
     axis.set(yticks=range(len(study)), yticklabels=study, ylim=(len(study) - 0.5, -0.5),
              xlabel="test accuracy minus ReLU's with the same seed, points")
-    axis.grid(False)
     return figure

@@ -80,7 +80,7 @@ def timed(work):
 def right_answers(model, images, labels, size, dtype):
     """Which of the images a model gets right, bool (N,)."""
     loader = helpers.make_loader(images, labels, train=False, image_size=size, batch_size=128)
-    return helpers.right_answers(model, loader, dtype)
+    return helpers.evaluate(model, loader, dtype)[1]
 
 
 def make_sgd(model, recipe):
@@ -237,25 +237,24 @@ def probe(train, recipe, args):
                                    image_size=recipe.image_size)
 
     swaps = list(itertools.product(helpers.ACTIVATIONS, (7, 4, 1)))
-    scores = np.zeros((5, len(swaps), 2, 2))  # split, swap, statistics, swapped or not
+    networks = [network(0, True, activation, first=first)
+                for activation, first in [("ReLU", 1), *swaps]]
+    scores = []  # split, statistics, network
     for seed in range(5):
         loaders = [subset([x[np.random.default_rng(seed).permutation(len(x))] for x in part], n)
                    for part, n in zip(split(train, seed), (600, 500))]
-        model = network(0, True, "ReLU")
-        relus = helpers.find_modules(model, nn.ReLU)
-        for i, (activation, first) in enumerate(swaps):
-            swapped = network(0, True, activation, first=first)
-            found = helpers.compare_statistics(lambda m: helpers.linear_probe(m, *loaders), swapped,
-                                               model, loaders[0], relus[first - 1][0])
-            scores[seed, i] = [accuracies for *accuracies, _ in found.values()]
+        found = helpers.compare_statistics(
+            lambda model: 100 * helpers.linear_probe(model, *loaders).mean(), loaders[0], *networks)
+        scores.append([*found.values()])
         print(f"split {seed} done", file=sys.stderr, flush=True)
-    print("| swap, not trained | statistics as they are | difference | estimated again behind it | "
+    of_relu, *of_swaps = np.array(scores).transpose(2, 1, 0)
+    print("| swap, not trained | statistics as they are | difference | estimated again | "
           "difference |\n| --- | --- | --- | --- | --- |")
-    for i, (activation, first) in enumerate(swaps):
+    for (activation, first), of_swap in zip(swaps, of_swaps):
         cells = [f"{activation} from {first}"]
-        for swapped, relu in scores[:, i].transpose(1, 2, 0):
-            gain = 100 * (swapped - relu)
-            cells += [f"{relu.mean():.1%} → {swapped.mean():.1%}",
+        for swapped, relu in zip(of_swap, of_relu):
+            gain = swapped - relu
+            cells += [f"{relu.mean():.1f}% → {swapped.mean():.1f}%",
                       f"{gain.mean():+.1f} ± {gain.std(ddof=1) / 5 ** 0.5:.1f}"]
         print("| " + " | ".join(cells) + " |")
 

@@ -58,7 +58,8 @@ def test_seeding_repeats_every_draw_and_asks_for_determinism_which_the_summary_t
     assert draws[0] == draws[2] and not set(draws[0]) & set(draws[1])
     assert workspaces == [":4096:8", ":16:8", ":16:8"] and not memory.fill_uninitialized_memory
     assert torch.get_deterministic_debug_mode() == 1 and not cudnn.allow_tf32  # 1: only warn
-    told = helpers.environment_summary(5, "cpu").split("\n")[1]
+    versions, told = helpers.environment_summary(5, "cpu").split("\n")
+    assert re.fullmatch(r"Python \S+ \| torch [\d.]+ \| torchvision [\d.]+ \| .* cpu", versions)
     assert told == "Seed: 5 | cudnn.deterministic=True | cudnn.benchmark=False"
 
 
