@@ -243,7 +243,7 @@ def test_confusions_and_sites_are_drawn_without_a_warning_or_a_grid_in_a_users_o
     pictures = [axis.images[0] for axis in figure.axes]  # only errors are shaded
     assert [p.get_array().tolist() for p in pictures] == [[[0, 0.1], [0, 0]], [[0, 0], [0.8, 0]]]
     assert [p.get_clim() for p in pictures] == [(0, 0.3), (0, pytest.approx(1.2))]
-    assert figure.get_figwidth() == 8.8
+    assert figure.get_figwidth() == 8.8 and figure.axes[1].get_subplotspec().get_geometry()[0] == 1
     assert [patch.get_fill() for patch in sites.axes[0].patches] == [True, False]
     assert np.allclose(sites.axes[0].patches[1].get_data().values, np.linspace(0, 0.02, 80))
     x, ys = helpers.SITE_EDGES, [line.get_ydata() for line in sites.axes[1].lines]
