@@ -806,9 +806,9 @@ class Difference:
     high: float
 
     def __str__(self) -> str:
-        """Such as ``-0.30 points (95% paired CI -1.10 to +0.50)``."""
+        """Such as ``-0.30 points (95% CI -1.10 to +0.50)``."""
         return (f"{100 * self.mean:+.2f} points "
-                f"(95% paired CI {100 * self.low:+.2f} to {100 * self.high:+.2f})")
+                f"(95% CI {100 * self.low:+.2f} to {100 * self.high:+.2f})")
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
@@ -837,8 +837,9 @@ def compare_paired(correct_a, correct_b) -> Tuple[Difference, int, int, float]:
 def comparison_sentence(name: str, difference: Difference, p_value: float) -> str:
     """What one pair of trainings, ``name`` against ReLU, says, and what it cannot say."""
     differ = p_value < 0.05 and not difference.low <= 0 <= difference.high
-    return (f"In this run {name} minus ReLU is {difference}, {'' if differ else 'not '}measurable "
-            "on these images; one seed cannot tell the swap from chance.")
+    return (f"In this run, over the test images, {name} minus ReLU is {difference}: "
+            f"{'' if differ else 'no '}more than the choice of images explains; one seed cannot "
+            "tell the swap from the chance of training.")
 
 
 def judge(difference: Difference, claim_low: float, claim_high: float = math.inf) -> str:
@@ -927,27 +928,35 @@ def early_difference(history: History, control: History) -> Difference:
 
 
 def images_until_level(history: History, control: History, within: float = 0.01) -> str:
-    """Images seen when accuracy is at most ``within`` behind the control's, and stays so."""
+    """Images seen when accuracy is at most ``within`` behind the control's, and stays so.
+
+    In words, with the first three differences.
+    """
+    gaps = [(n_images, right.mean() - control_right.mean())
+            for (n_images, right), (_, control_right) in zip(history.early, control.early)]
     level = "not yet in the first epoch"
-    for (n_images, right), (_, control_right) in reversed([*zip(history.early, control.early)]):
-        if right.mean() < control_right.mean() - within:
+    for n_images, gap in reversed(gaps):
+        if gap < -within - 1e-9:  # rounding
             break
         level = f"after {n_images:,} images"
-    return level
+    return f"{level} (at first {', '.join(f'{100 * gap:+.1f}' for _, gap in gaps[:3])} points)"
 
 
-def judge_predictions(starts: str, early: Difference, end: Difference, again) -> Dict[str, tuple]:
+def judge_predictions(
+    starts: str, early: Difference, end: Difference, again: Dict[str, Difference]
+) -> Dict[str, Tuple[str, str]]:
     """{prediction: (verdict, the numbers it rests on)} of the notebook's three predictions.
 
-    ``starts`` is "behind" or "level"; ``again`` are the exchanges' differences with statistics
+    ``starts`` is "behind" or "level"; ``again`` has each exchange's difference with statistics
     estimated again. A prediction of several parts holds only if each part does.
     """
-    parts = [judge(change, -math.inf, -0.01) for change in again]
+    parts = [judge(change, -math.inf, -0.01) for change in again.values()]
     leans = next((v for v in ("not supported", "undecided") if v in parts), "supported")
     claim = (-math.inf, 0) if starts == "behind" else (-0.02, 0.02)
     return {f"Starts {starts}": (judge(early, *claim), str(early)),
             "Ends level": (judge(end, -0.01, 0.01), str(end)),
-            "Leans on its own activation": (leans, "; ".join(map(str, again)))}
+            "Leans on its own activation": (leans, "; ".join(
+                f"{exchange} {change}" for exchange, change in again.items()))}
 
 
 def describe_change(what: str, plain: Difference, again: Difference) -> str:
@@ -960,8 +969,8 @@ def describe_change(what: str, plain: Difference, again: Difference) -> str:
         causes.append("statistics that no longer match")
     if again.high < 0:
         causes.append("reliance on the activation")
-    return (f"{what} {100 * plain.mean:+.1f} points, with statistics estimated again "
-            f"{100 * again.mean:+.1f} ({' and '.join(causes) or 'no clear cause'})")
+    return (f"{what} {100 * plain.mean:+.1f} points, {100 * again.mean:+.1f} with statistics "
+            f"estimated again: {' and '.join(causes) or 'no clear cause'}")
 
 
 def fit_sentence(history: History, recipe: Recipe, logits, targets) -> str:
@@ -975,9 +984,10 @@ def fit_sentence(history: History, recipe: Recipe, logits, targets) -> str:
     rise, gap = last.val_loss - lowest.val_loss, last.train_accuracy - last.val_accuracy
     sign = ("overfitting" if rise > 2 * error else "perhaps underfitting" if gap < 0 else
             "no harmful overfitting seen")
+    end = f"{rise:.3f} above its minimum (epoch {lowest.epoch})" if rise else "its minimum"
     return (f"{last.epoch} of {recipe.epochs} epochs: validation loss ended at {last.val_loss:.3f} "
-            f"± {error:.3f}, {rise:.3f} above its minimum (epoch {lowest.epoch}); training minus "
-            f"validation accuracy is {100 * gap:+.1f} points: {sign}.")
+            f"± {error:.3f}, {end}; training minus validation accuracy is {100 * gap:+.1f} points: "
+            f"{sign}.")
 
 
 def confusion_sentence(matrix: np.ndarray, class_names: Sequence[str]) -> str:
@@ -985,7 +995,7 @@ def confusion_sentence(matrix: np.ndarray, class_names: Sequence[str]) -> str:
     both = np.triu(matrix + matrix.T, k=1)
     i, j = np.unravel_index(both.argmax(), both.shape)
     return (f"{both[i, j]} of the {both.sum()} mistakes are between {class_names[i]} and "
-            f"{class_names[j]}." if both.any() else "No mistakes.")
+            f"{class_names[j]}" if both.any() else "no mistakes")
 
 
 Study = Dict[str, Tuple[np.ndarray, np.ndarray]]  # {swap: (its accuracies, ReLU's)}
@@ -998,23 +1008,18 @@ def read_study(path, recipe: Recipe, **settings) -> Study:
     the test images. Empty without a file, or if a row has another recipe or other ``settings``,
     {column: value}; a swap needs two pairs.
     """
-    relus, others, study = {}, [], {}
-    with open(path if Path(path).exists() else os.devnull, newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in {**settings, **asdict(recipe)}.items():
-                if row.get(name) != str(value):
-                    return {}
-            key = row["seed"], row["trainable"]
-            accuracies = [float(a) for a in [*row["validation"].split(), row["test"]]]
-            if row["swap"].startswith("ReLU"):
-                relus[key] = accuracies
-            else:
-                others.append((row["swap"], key, accuracies))
-    for swap, key, accuracies in others:
-        if key in relus:
-            study.setdefault(swap, []).append((accuracies, relus[key]))
-    return {swap: tuple(np.array(pairs).swapaxes(0, 1)) for swap, pairs in study.items()
-            if len(pairs) > 1}
+    path, expected, relus, swaps = Path(path), {**settings, **asdict(recipe)}, {}, {}
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    if any(row.get(name) != str(value) for row in rows for name, value in expected.items()):
+        return {}
+    for row in rows:
+        runs = relus if row["swap"].startswith("ReLU") else swaps.setdefault(row["swap"], {})
+        runs[row["seed"], row["trainable"]] = [
+            float(accuracy) for accuracy in (*row["validation"].split(), row["test"])]
+    pairs = {swap: [(own, relus[key]) for key, own in runs.items() if key in relus]
+             for swap, runs in swaps.items()}
+    return {swap: tuple(np.array(each).swapaxes(0, 1)) for swap, each in pairs.items()
+            if len(each) > 1}
 
 
 def equivalence_p(gains: np.ndarray, margin: float = 0.01) -> float:
@@ -1032,7 +1037,7 @@ def study_sentence(study: Study, swap: str, precision: str) -> str:
     within = "within" if p_value < 0.05 else "not shown to be within"
     return (f"Over {len(own)} seeds (separate runs in {precision}, same images and weights) {swap} "
             f"changes test accuracy by {paired_difference(own, relu)}, {within} ±1 point (two "
-            f"one-sided t tests, p {p_value:.2g}).")
+            f"one-sided t tests, p {p_value:.1g}).")
 
 
 # ==== Pictures ===================================================================================
@@ -1080,7 +1085,7 @@ def plot_histories(histories: Dict[str, History], title: str) -> Figure:
                        [stats.sem(r) for _, r in history.early], fmt="-o", color=colour)
     loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
     accuracy.set(title="Accuracy", xlabel="epoch")
-    early.set(title="Epoch 1, ± standard error", xlabel="training images seen")
+    early.set(title="Val accuracy in epoch 1, ± standard error", xlabel="training images seen")
     loss.legend()
     for axis in figure.axes:
         axis.xaxis.get_major_locator().set_params(integer=True, nbins=5)
@@ -1127,8 +1132,11 @@ def plot_sites(sites: Dict[str, Sequence[dict]], activation: str, title: str) ->
     return figure
 
 
-def plot_study(study: Study, title: str) -> Figure:
+def plot_study(study: Study) -> Figure:
     """Each seed's difference from ReLU on the test images, mean and interval; ±1 point in grey."""
+    within = [swap for swap, (own, relu) in study.items()
+              if equivalence_p(own[:, -1] - relu[:, -1]) < 0.05]
+    title = f"Over seeds within ±1 point of ReLU: {', '.join(within) or 'none shown'}"
     figure = _figure(title, 10, 1.4 + 0.5 * len(study))
     axis = figure.subplots()
     axis.axvspan(-1, 1, color=GREY, alpha=0.15)

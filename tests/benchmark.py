@@ -147,7 +147,7 @@ def study(train, test, source, recipe, args, dtype):
                 writer.writeheader()
             writer.writerow(row)
     print(study_table(found := helpers.read_study(path, recipe), len(test[1])))
-    helpers.plot_study(found, "Each seed's difference from ReLU, mean and 95% interval").savefig(
+    helpers.plot_study(found).savefig(
         path.with_suffix(".png"), metadata={"Comment": helpers.hash_file(path, "sha256")})
 
 

@@ -258,8 +258,7 @@ def test_an_incomplete_last_batch_and_too_few_images(labelled_images, n, train, 
     images, labels = (part[:n] for part in labelled_images)
     refusal = pytest.raises(ValueError, match=f"^{n} images are too few")
     with nullcontext() if sizes else refusal:
-        loader = helpers.make_loader(
-            images, labels, train=train, image_size=32, batch_size=40)
+        loader = helpers.make_loader(images, labels, train=train, image_size=32, batch_size=40)
         assert [len(y) for _, y in loader] == sizes and len(loader) == len(sizes)
 
 

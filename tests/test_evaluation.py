@@ -44,12 +44,11 @@ def test_arrays_that_cannot_be_paired_are_refused(a, b):
 
 
 @pytest.mark.parametrize("interval, p_value, said", [
-    ((0.02, 0.01, 0.03), 0.049, "measurable"), ((-0.02, -0.03, -0.01), 0.049, "measurable"),
-    ((0.02, 0.01, 0.03), 0.05, "not measurable"), ((0.02, 0, 0.04), 0.01, "not measurable"),
-    ((-0.02, -0.04, 0), 0.01, "not measurable")])
+    ((2, 1, 3), 0.049, "more"), ((-2, -3, -1), 0.049, "more"), ((2, 1, 3), 0.05, "no more"),
+    ((2, 0, 4), 0.01, "no more"), ((-2, -4, 0), 0.01, "no more")])
 def test_one_pair_says_no_more_than_its_interval_and_its_test(interval, p_value, said):
     difference = Difference(*interval)
-    told = f"In this run SiLU minus ReLU is {difference}, {said} on these images; one seed cannot"
+    told = f"In this run, over the test images, SiLU minus ReLU is {difference}: {said} than the "
     assert helpers.comparison_sentence("SiLU", difference, p_value).startswith(told)
 
 
@@ -65,7 +64,7 @@ def test_a_claim_is_judged_by_the_whole_interval(interval, claim, verdict):
 def test_an_accuracy_and_a_difference_are_told_with_their_intervals():
     right = np.arange(3000) < 2448  # Wilson 1927: (p + z²/2n ± z √(pq/n + z²/4n²)) / (1 + z²/n)
     assert helpers.accuracy_line(right) == "81.6% (95% CI 80.2–82.9)"
-    assert str(Difference(0, -0.01, 0.005)) == "+0.00 points (95% paired CI -1.00 to +0.50)"
+    assert str(Difference(0, -0.01, 0.005)) == "+0.00 points (95% CI -1.00 to +0.50)"
 
 
 def test_sites_are_measured_on_the_inputs_even_of_a_relu_that_works_in_place(tiny_net, loaders):
@@ -116,10 +115,11 @@ def test_the_healing_is_told_in_images_seen_and_by_the_first_three_measurements(
     def history(*n_right):
         return helpers.History(early=[(n, np.arange(100) < k) for n, k in enumerate(n_right, 1000)])
 
-    swapped, control = history(25, 68, 70), history(50, 70, 70)
-    assert helpers.images_until_level(swapped, control) == "after 1,002 images"
-    assert helpers.images_until_level(swapped, control, within=0.25) == "after 1,000 images"
-    assert helpers.images_until_level(history(50, 90, 68), control) == "not yet in the first epoch"
+    swapped, control = history(25, 68, 70, 70), history(50, 70, 70, 70)
+    told = "after 1,002 images (at first -25.0, -2.0, +0.0 points)"
+    assert helpers.images_until_level(swapped, control) == told
+    assert helpers.images_until_level(swapped, control, 0.25) == told.replace("1,002", "1,000")
+    assert helpers.images_until_level(history(50, 90, 70, 68), control).startswith("not yet in the")
     found = helpers.early_difference(history(50, 65, 65, 99), history(70, 70, 70, 0))
     assert found.mean == pytest.approx(-0.1) and found.low < -0.1 < found.high < 0
     with pytest.raises(ValueError, match="give fit an early_loader"):
@@ -133,11 +133,12 @@ def test_the_healing_is_told_in_images_seen_and_by_the_first_three_measurements(
     ("behind", (0, 0.1), (0.01, 0.02), [(-1, -0.02), (-0.01, 0)], "nnn"),
     ("level", (0, 0.0201), (0, 0.005), [(-1, -0.02)], "uss")])
 def test_each_prediction_gets_one_verdict(starts, early, end, again, initials):
-    found = helpers.judge_predictions(
-        starts, Difference(0, *early), Difference(0, *end), [Difference(0, *d) for d in again])
+    again = {letter: Difference(0, *d) for letter, d in zip("ab", again)}
+    found = helpers.judge_predictions(starts, Difference(0, *early), Difference(0, *end), again)
     assert list(found) == [f"Starts {starts}", "Ends level", "Leans on its own activation"]
     assert "".join(verdict[0] for verdict, _ in found.values()) == initials
     assert found["Ends level"][1] == str(Difference(0, *end))
+    assert found["Leans on its own activation"][1].startswith(f"a {again['a']}")
 
 
 @pytest.mark.parametrize("plain, again, said", [
@@ -147,26 +148,27 @@ def test_each_prediction_gets_one_verdict(starts, early, end, again, initials):
     (-0.02, (-0.02, 0), "no clear cause"), (-0.3, (-0.2, -0.1), "stat.* match and reliance .*")])
 def test_mismatch_is_told_from_reliance(plain, again, said):
     text = helpers.describe_change("it", Difference(-0.02, -1, plain), Difference(0.01, *again))
-    assert re.fullmatch(rf"it -2[.]0 points, with .* again [+]1[.]0 \({said}\)", text)
+    assert re.fullmatch(rf"it -2[.]0 points, [+]1[.]0 with .* again: {said}", text)
 
 
-@pytest.mark.parametrize("val_loss, accuracy, gap, sign", [
-    (0.62, 0.75, "+0.0", "no harmful overfitting seen"),
-    (0.62, 0.7, "-5.0", "perhaps underfitting"), (0.621, 0.8, "+5.0", "overfitting")])
-def test_overfitting_is_a_rise_beyond_two_standard_errors(val_loss, accuracy, gap, sign):
+@pytest.mark.parametrize("val_loss, accuracy, end, sign", [
+    (0.62, 0.75, "0.020 above its minimum (epoch 2); … +0.0", "no harmful overfitting seen"),
+    (0.621, 0.8, "0.021 above its minimum (epoch 2); … +5.0", "overfitting"),
+    (0.599, 0.7, "its minimum; … -5.0", "perhaps underfitting")])
+def test_overfitting_is_a_rise_beyond_two_standard_errors(val_loss, accuracy, end, sign):
     history = helpers.History([*EPOCHS, replace(
         EPOCHS[1], epoch=3, val_loss=val_loss, train_accuracy=accuracy)])
     losses = torch.tensor([0.5, 0.7] * 50)  # the logits' cross-entropies
     logits, labels = F.pad(losses.expm1().log()[:, None], (1, 0)), torch.zeros(100).long()
+    end = end.replace("…", "training minus validation accuracy is")
     assert helpers.fit_sentence(history, helpers.Recipe(4, 32, 0.1), logits, labels) == (
-        f"3 of 4 epochs: validation loss ended at {val_loss:.3f} ± 0.010, {val_loss - 0.6:.3f} "
-        f"above its minimum (epoch 2); training minus validation accuracy is {gap} points: {sign}.")
+        f"3 of 4 epochs: validation loss ended at {val_loss:.3f} ± 0.010, {end} points: {sign}.")
 
 
 def test_the_most_frequent_confusion_is_named_in_either_direction():
     matrix = np.array([[8, 1, 1], [0, 5, 4], [0, 2, 9]])
-    assert helpers.confusion_sentence(matrix, "abc") == "6 of the 8 mistakes are between b and c."
-    assert helpers.confusion_sentence(np.eye(2, dtype=int), "ab") == "No mistakes."
+    assert helpers.confusion_sentence(matrix, "abc") == "6 of the 8 mistakes are between b and c"
+    assert helpers.confusion_sentence(np.eye(2, dtype=int), "ab") == "no mistakes"
 
 
 RECIPE = helpers.Recipe(2, 32, 0.1)
@@ -187,33 +189,35 @@ def test_a_study_is_paired_by_seed_and_read_only_for_its_own_recipe_and_settings
     assert helpers.read_study(path, replace(RECIPE, lr=0.2)) == {}
     assert helpers.study_sentence(study, "SiLU from 7", "float64") == (
         "Over 2 seeds (separate runs in float64, same images and weights) SiLU from 7 changes test "
-        "accuracy by +0.10 points (95% paired CI -3.71 to +3.91), not shown to be within ±1 point "
+        "accuracy by +0.10 points (95% CI -3.71 to +3.91), not shown to be within ±1 point "
         "(two one-sided t tests, p 0.1).")
 
 
 @pytest.mark.parametrize("mean, within", [(0, True), (0.007, True), (-0.008, False)])
-def test_equivalence_is_a_90_percent_interval_inside_the_margin(mean, within):
+def test_equivalence_is_a_90_percent_interval_inside_the_margin_and_in_the_title(mean, within):
     gains = mean + np.array([-0.004, 0.004] * 6)
     half = stats.t.ppf(0.95, 11) * stats.sem(gains)
     assert (helpers.equivalence_p(gains) < 0.05) == within == (abs(mean) + half < 0.01)
+    figure = helpers.plot_study({"Swish": (np.c_[gains, gains], np.c_[gains + 1, 0 * gains])})
+    assert figure.get_label().endswith(": Swish" if within else ": none shown")
 
 
 def test_the_studys_picture_holds_each_seed_the_mean_and_its_interval(tmp_path):
     write_study(tmp_path / "study.csv", RECIPE, ROWS[:4])
-    (axis,) = helpers.plot_study(helpers.read_study(tmp_path / "study.csv", RECIPE), "Title").axes
-    _, dots, mean, *_ = [line.get_xydata() for line in axis.lines]
+    (axis,) = helpers.plot_study(helpers.read_study(tmp_path / "study.csv", RECIPE)).axes
+    zero, dots, mean, *_ = [line.get_xydata() for line in axis.lines]
     assert np.allclose(dots, [[-0.2, -0.2], [0.4, -0.2]]) and np.allclose(mean, [[0.1, 0]])
     ends = axis.containers[0].lines[2][0].get_segments()
     assert np.allclose(ends, [[[-3.71, 0], [3.91, 0]]], atol=0.01)
-    assert [*axis.lines[0].get_xdata()] == [0, 0] and axis.get_ylim() == (0.5, -0.5)
-    assert axis.figure.get_figheight() == 1.9
+    band = axis.patches[0].get_extents().transformed(axis.transData.inverted()).intervalx
+    assert np.allclose([*band, *zero[:, 0], *axis.get_ylim()], [-1, 1, 0, 0, 0.5, -0.5])
+    assert axis.figure.get_figheight() == 1.9 and axis.figure.get_label().endswith("none shown")
 
 
 def test_the_image_grid_has_captions_and_a_title():
     figure = helpers.plot_images(np.ones((10, 32, 32, 3), np.uint8), "abcdefghij", "Some images")
-    assert "".join(a.get_title() for a in figure.axes) == "abcdefghij"
-    assert [len(axis.images) for axis in figure.axes] == [1] * 10
-    assert [axis.get_subplotspec().num1 for axis in figure.axes] == [*range(10)]
+    assert [(a.get_title(), len(a.images), a.get_subplotspec().num1) for a in figure.axes] == [
+        (letter, 1, i) for i, letter in enumerate("abcdefghij")]
     assert figure.get_figheight() == 3.5
     assert figure._suptitle.get_text() == figure.get_label() == "Some images"
 
@@ -230,7 +234,7 @@ def test_the_curves_hold_the_metrics_and_the_steps_of_the_first_epoch():
 
 @pytest.mark.filterwarnings("error")
 def test_confusions_and_sites_are_drawn_without_a_warning_or_a_grid_in_a_users_own_style():
-    matrices = {"SiLU": np.array([[9, 1], [0, 0]]), "ReLU": np.array([[10, 0], [4, 1]])}
+    matrices = {"SiLU": np.array([[9, 1], [0, 0]]), "ReLU": np.array([[1, 0], [4, 1]])}
     places = [{"name": "layer", "negative": 0.5, "shares": np.linspace(0, 0.02, 80)}] * 4
     with matplotlib.rc_context({"figure.constrained_layout.use": True, "axes.grid": True}):
         figure = helpers.plot_confusions(matrices, ["cat", "dog"], "Title")
@@ -239,7 +243,7 @@ def test_confusions_and_sites_are_drawn_without_a_warning_or_a_grid_in_a_users_o
     for axis in figure.axes:
         assert not any(line.get_visible() for line in axis.get_xgridlines())
     assert [(text.get_position(), text.get_text()) for text in figure.axes[1].texts] == [
-        ((0, 0), "10\n100.0%"), ((1, 0), "0\n0.0%"), ((0, 1), "4\n80.0%"), ((1, 1), "1\n20.0%")]
+        ((0, 0), "1\n100.0%"), ((1, 0), "0\n0.0%"), ((0, 1), "4\n80.0%"), ((1, 1), "1\n20.0%")]
     pictures = [axis.images[0] for axis in figure.axes]  # only errors are shaded
     assert [p.get_array().tolist() for p in pictures] == [[[0, 0.1], [0, 0]], [[0, 0], [0.8, 0]]]
     assert [p.get_clim() for p in pictures] == [(0, 0.3), (0, pytest.approx(1.2))]
@@ -247,4 +251,4 @@ def test_confusions_and_sites_are_drawn_without_a_warning_or_a_grid_in_a_users_o
     assert [patch.get_fill() for patch in sites.axes[0].patches] == [True, False]
     assert np.allclose(sites.axes[0].patches[1].get_data().values, np.linspace(0, 0.02, 80))
     x, ys = helpers.SITE_EDGES, [line.get_ydata() for line in sites.axes[1].lines]
-    assert np.allclose(ys, [x.clip(0), x * stats.norm.cdf(x)])
+    assert np.allclose(ys, [x.clip(0), x * stats.norm.cdf(x)]) and sites.get_figheight() == 6

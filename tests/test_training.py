@@ -81,9 +81,8 @@ def test_a_training_equals_a_hand_written_one_and_seeds_nothing(tiny_net, loader
     for p in tiny_net.eval().parameters():  # the training itself switches to training mode
         p.grad = torch.ones_like(p)  # left over from before: must not count
     torch.use_deterministic_algorithms(False)
-    history = helpers.fit(
-        tiny_net, batches, torchs, dtype=dtype, early_loader=torchs, n_early=2,
-        recipe=replace(RECIPE, epochs=3, label_smoothing=0.2, weight_decay=0.3))
+    history = helpers.fit(tiny_net, batches, torchs, dtype=dtype, early_loader=torchs, n_early=2,
+                          recipe=replace(RECIPE, epochs=3, label_smoothing=0.2, weight_decay=0.3))
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not torch.are_deterministic_algorithms_enabled()
     optimizer = torch.optim.AdamW([{"params": [p]} for p in twin.parameters()])
