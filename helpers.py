@@ -1085,7 +1085,7 @@ def plot_histories(histories: Dict[str, History], title: str) -> Figure:
                        [stats.sem(r) for _, r in history.early], fmt="-o", color=colour)
     loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
     accuracy.set(title="Accuracy", xlabel="epoch")
-    early.set(title="Val accuracy in epoch 1, ± standard error", xlabel="training images seen")
+    early.set(title="Epoch 1", xlabel="training images seen", ylabel="val accuracy ± s.e.")
     loss.legend()
     for axis in figure.axes:
         axis.xaxis.get_major_locator().set_params(integer=True, nbins=5)
