@@ -213,8 +213,7 @@ def test_the_committed_notebook_was_executed_on_the_official_images_by_the_commi
             "Data source: official CIFAR-10 batches, MD5 verified",
             "Using resnet18, pretrained=True", "Precision: float32"):
         assert line in text, line
-    assert not re.search("STAND-IN|PARTIAL", text)
-    assert int(re.search(r"Total runtime: (\d+) min", text)[1]) < 20
+    assert re.search(r"Total runtime: 1?\d min", text) and not re.search("STAND-IN|PARTIAL", text)
 
 
 def test_the_readme_quotes_the_committed_notebook_and_the_study():
@@ -222,10 +221,11 @@ def test_the_readme_quotes_the_committed_notebook_and_the_study():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     quoted = readme.split("## The committed run")[1].split("```")[1].strip().splitlines()
     assert len(quoted) >= 8 and all(line in text.splitlines() for line in quoted)
-    for start in ("pretrained", "random"):
+    for start, n_pairs in (("pretrained", 46), ("random", 5)):
         path = ROOT / "tests" / f"study-{start}.csv"
         study = helpers.read_study(path, helpers.RECIPES[start])
-        assert study and study_table(study, 3000) in readme
+        assert sum(len(own) for own, _ in study.values()) == n_pairs
+        assert study_table(study, 3000) in readme
         drawn_from = Image.open(path.with_suffix(".png")).text["Comment"]
         assert drawn_from == helpers.hash_file(path, "sha256")
         for row in csv.DictReader(path.read_text().splitlines()):
