@@ -617,8 +617,8 @@ class EpochMetrics:
 class History:
     """A training, and why it stopped early, if it did.
 
-    ``states`` are the weights before and after each epoch, or only the last ones; ``early`` is
-    (images seen, which of some images were right, bool (N,)) at some steps of the first epoch.
+    ``states`` are the weights after each epoch, or only after the last; ``early`` is (images seen,
+    which of some images were right, bool (N,)) at some steps of the first epoch.
     """
 
     epochs: List[EpochMetrics] = field(default_factory=list)
@@ -749,7 +749,8 @@ def fit(
         optimizer, recipe.lr, total_steps=int(recipe.epochs) * n_steps + 1, cycle_momentum=False,
         final_div_factor=math.inf)
     last_epoch = last_epoch or recipe.epochs
-    history, show_progress = History(states=[copy.deepcopy(model.state_dict())]), live_line()
+    history, show_progress = History(), live_line()
+    state = copy.deepcopy(model.state_dict())
     early_steps = {math.ceil(n_steps * i / n_early) for i in range(1, n_early + 1)}
     start = time.perf_counter()
 
@@ -782,8 +783,9 @@ def fit(
         if len(history.epochs) < last_epoch:  # else they all exist
             history.stopped = f"interrupted after epoch {len(history.epochs)} of {recipe.epochs}"
     finally:
-        model.load_state_dict(history.states[-1])
+        model.load_state_dict(state)
         model.eval()
+        optimizer.zero_grad()  # frees the gradients
         show_progress("")
     return history
 
@@ -837,9 +839,9 @@ def compare_paired(correct_a, correct_b) -> Tuple[Difference, int, int, float]:
 def comparison_sentence(name: str, difference: Difference, p_value: float) -> str:
     """What one pair of trainings, ``name`` against ReLU, says, and what it cannot say."""
     differ = p_value < 0.05 and not difference.low <= 0 <= difference.high
-    return (f"In this run, over the test images, {name} minus ReLU is {difference}: "
-            f"{'' if differ else 'no '}more than the choice of images explains; one seed cannot "
-            "tell the swap from the chance of training.")
+    return (f"In this run {name} minus ReLU is {difference} on the test images, McNemar's p "
+            f"{p_value:.2g}: {'' if differ else 'no '}more than the choice of images explains; one "
+            "seed cannot tell the swap from the chance of training.")
 
 
 def judge(difference: Difference, claim_low: float, claim_high: float = math.inf) -> str:
@@ -930,16 +932,17 @@ def early_difference(history: History, control: History) -> Difference:
 def images_until_level(history: History, control: History, within: float = 0.01) -> str:
     """Images seen when accuracy is at most ``within`` behind the control's, and stays so.
 
-    In words, with the first three differences.
+    In words, after the first three differences.
     """
     gaps = [(n_images, right.mean() - control_right.mean())
             for (n_images, right), (_, control_right) in zip(history.early, control.early)]
-    level = "not yet in the first epoch"
+    level = "not yet"
     for n_images, gap in reversed(gaps):
         if gap < -within - 1e-9:  # rounding
             break
         level = f"after {n_images:,} images"
-    return f"{level} (at first {', '.join(f'{100 * gap:+.1f}' for _, gap in gaps[:3])} points)"
+    first = ", ".join(f"{100 * gap:+.1f}" for _, gap in gaps[:3])
+    return f"{first} points at first; stays within {100 * within:g}: {level}"
 
 
 def judge_predictions(
@@ -966,9 +969,9 @@ def describe_change(what: str, plain: Difference, again: Difference) -> str:
     """
     causes = []
     if plain.high < min(again.low, 0):
-        causes.append("statistics that no longer match")
+        causes.append("outdated statistics")
     if again.high < 0:
-        causes.append("reliance on the activation")
+        causes.append("some reliance on the activation")
     return (f"{what} {100 * plain.mean:+.1f} points, {100 * again.mean:+.1f} with statistics "
             f"estimated again: {' and '.join(causes) or 'no clear cause'}")
 
@@ -984,7 +987,8 @@ def fit_sentence(history: History, recipe: Recipe, logits, targets) -> str:
     rise, gap = last.val_loss - lowest.val_loss, last.train_accuracy - last.val_accuracy
     sign = ("overfitting" if rise > 2 * error else "perhaps underfitting" if gap < 0 else
             "no harmful overfitting seen")
-    end = f"{rise:.3f} above its minimum (epoch {lowest.epoch})" if rise else "its minimum"
+    end = (f"{rise:.3f} above its minimum (epoch {lowest.epoch})" if rise else
+           "its minimum, so more epochs may help")
     return (f"{last.epoch} of {recipe.epochs} epochs: validation loss ended at {last.val_loss:.3f} "
             f"± {error:.3f}, {end}; training minus validation accuracy is {100 * gap:+.1f} points: "
             f"{sign}.")
@@ -1035,7 +1039,8 @@ def study_sentence(study: Study, swap: str, precision: str) -> str:
     own, relu = (accuracies[:, -1] for accuracies in study[swap])
     p_value = equivalence_p(own - relu)
     within = "within" if p_value < 0.05 else "not shown to be within"
-    return (f"Over {len(own)} seeds (separate runs in {precision}, same images and weights) {swap} "
+    name = "{} from ReLU {} on".format(*swap.split(" from "))
+    return (f"Over {len(own)} seeds (separate runs in {precision}, same images and weights) {name} "
             f"changes test accuracy by {paired_difference(own, relu)}, {within} ±1 point (two "
             f"one-sided t tests, p {p_value:.1g}).")
 

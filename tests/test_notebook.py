@@ -45,7 +45,7 @@ LINES = [
     "Floor: chance …", "Epochs: # of # for …",
     "Epoch 1/# | Train Loss: # | Train Acc: #% | Val Loss: # | Val Acc: #%",
     "Best Val Acc: #% (epoch #)", "Final Val Acc: #%", "Test Acc: #% (95% CI #–#)",
-    "Within 1 point of ReLU, to stay: …", "Test accuracy after epoch #, ReLU: #%",
+    "SiLU minus ReLU in epoch 1: … points at first; …", "Test accuracy after epoch #, ReLU: #%",
     "Difference: # points (95% CI # to #)", "Exact McNemar p: #…", "Reproducibility summary",
     "Seed: 1337", f"helpers.py SHA-256: {SHA256}", "Total runtime: # min # s"]
 
