@@ -1,297 +1,409 @@
-"""CIFAR-10 and loaders: sources, downloads, stand-in, filtering, splitting, batches."""
+"""CIFAR-10: where it is found, downloads, damage, the stand-in, filtering and splitting."""
 
-import os
+import errno
 import pickle
+import re
 import shutil
-import socketserver
-import threading
+import socket
 import warnings
-from contextlib import nullcontext
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from sklearn.datasets import load_digits
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 from torchvision import datasets
 
 import helpers
-from conftest import to_display, write_image_tree
+from helpers import ARCHIVE_NAME, BATCHES
+from server import serve
 
-ARCHIVE, BATCHES, FOLDERS = helpers.ARCHIVE_NAME, helpers.BATCHES, helpers.IMAGE_FOLDERS
-REFUSED = "http://127.0.0.1:1/"  # a port on which nobody listens
-EVIL = b"cbuiltins\nopen\n(Vran.txt\nVw\ntR."  # a pickle that would make the file "ran.txt"
-IMAGES = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
+NOBODY = "http://127.0.0.1:1/"  # a port on which nobody listens
+EVIL = b"cbuiltins\nopen\n(Vran.txt\nVw\ntR."  # a pickle that makes the file ran.txt
+DAMAGES = ["removed", "cut short", "evil"]
+BATCH_FILES = ["data_batch_1", "test_batch", "batches.meta"]
 
 
-def load(data_dir, urls=(), allow_stand_in=True):
+def load(data_dir, urls=(), allow_stand_in=False):
     return helpers.load_cifar10(data_dir, allow_stand_in, seed=1, urls=urls)
 
 
-@pytest.fixture
-def archive(tmp_path_factory, monkeypatch):
-    """A tiny archive in the official layout, whose MD5s are the ones that are checked for."""
-    folder, rng = tmp_path_factory.mktemp("made"), np.random.default_rng(0)
-    (folder / BATCHES).mkdir()
-    for name, n in (("train", 100), ("test", 20), ("batches.meta", 10)):
-        content = {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8),
-                   "labels": [*range(10)] * (n // 10), "label_names": []}
-        (folder / BATCHES / name).write_bytes(pickle.dumps(content))
-        md5 = helpers.hash_file(folder / BATCHES / name, "md5")
-        monkeypatch.setattr(datasets.CIFAR10, f"{name}_list", [[name, md5]], raising=False)
-    monkeypatch.setitem(datasets.CIFAR10.meta, "md5", md5)
-    shutil.make_archive(folder / ARCHIVE[:-7], "gztar", folder, BATCHES)
-    for owner, name in ((helpers, "ARCHIVE_MD5"), (datasets.CIFAR10, "tgz_md5")):
-        monkeypatch.setattr(owner, name, helpers.hash_file(folder / ARCHIVE, "md5"))
-    return folder / ARCHIVE
+def put(path, folder):
+    """Copy a file or a folder into a folder, under its own name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        shutil.copytree(path, folder / path.name)
+    else:
+        shutil.copy(path, folder)
 
 
-@pytest.mark.filterwarnings("error")  # NumPy's on old pickles, here in torchvision's place, too
-def test_the_archive_is_unpacked_also_into_a_link_and_used_first(archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.CIFAR10, "_load_meta", lambda self: warnings.warn("align"))
-    (tmp_path / "disk").mkdir()
-    (tmp_path / BATCHES).symlink_to("disk")
-    shutil.copy(archive, tmp_path)
-    write_image_tree(tmp_path, 1, 1)
-    data = load(tmp_path, [REFUSED])
-    assert data.source == "official CIFAR-10 batches, MD5 verified" and data.skipped == ()
-    pixels = pickle.loads((tmp_path / "disk" / "test").read_bytes())["data"]
-    assert np.array_equal(data.test[0].transpose(0, 3, 1, 2).reshape(20, -1), pixels)
-    assert data.train[0].shape == (100, 32, 32, 3) and data.train[1].tolist() == [*range(10)] * 10
-    assert data.train[0].dtype == np.uint8 and data.train[1].dtype == np.int64
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert load(f"~/{BATCHES}").source == data.source  # the batches' own folder
+def damage(path, how):
+    if how == "removed":
+        path.unlink()
+    elif how == "cut short":
+        path.write_bytes(path.read_bytes()[:-10])
+    else:
+        path.write_bytes(EVIL)
 
 
-@pytest.mark.parametrize("name", ["train", "test", "batches.meta"])
-@pytest.mark.parametrize("damage", [os.remove, lambda file: file.write_bytes(EVIL)])
-def test_bad_batches_are_named_not_run_nor_replaced(archive, tmp_path, monkeypatch, name, damage):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(archive.parent / BATCHES, tmp_path / BATCHES)
-    damage(tmp_path / BATCHES / name)
-    for what in (BATCHES, ARCHIVE):
-        with pytest.raises(RuntimeError, match=rf"^{what} in .* damaged .*delete it"):
-            load(tmp_path)
-        (tmp_path / ARCHIVE).write_bytes(archive.read_bytes()[:-100])
-    shutil.copy(archive, tmp_path)
-    if name == "batches.meta":  # which torchvision does not unpack again
-        with pytest.raises(RuntimeError, match=f"^{BATCHES} in .* damaged"):
-            load(tmp_path)
-        shutil.rmtree(tmp_path / BATCHES)
-    assert load(tmp_path).source.startswith("official")
-    assert set(os.listdir(tmp_path)) == {BATCHES, ARCHIVE}
+def contents(folder):
+    """{path: bytes, or None for a folder} of all that is in a folder."""
+    found = {}
+    for path in folder.rglob("*"):
+        found[path.relative_to(folder)] = path.read_bytes() if path.is_file() else None
+    return found
 
 
-@pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg"])
-def test_image_folders_are_read_class_by_class_in_the_order_of_their_names(tmp_path, suffix):
-    digits, copy = write_image_tree(tmp_path, 3, 2, suffix), tmp_path / FOLDERS
-    (copy / "train/cat/Thumbs.db").write_bytes(b"no image")
-    data = load(tmp_path, [REFUSED])
-    for split, n in (("train", 3), ("test", 2)):
-        (images, labels), (found, ids) = getattr(digits, split), getattr(data, split)
-        assert ids.tolist() == np.repeat(range(10), n).tolist() and ids.dtype == np.int64
-        expected = np.concatenate([images[labels == label][:n] for label in range(10)])
-        assert np.abs(found - expected.astype(float)).mean() <= (0 if suffix == ".png" else 5)
-    assert "not verified" in data.source and not data.is_stand_in
-    assert data.skipped == (f"no official CIFAR-10 batches or archive in '{tmp_path}'",)
-    shutil.rmtree(copy / "train/ship")
-    for folder in (copy, tmp_path):  # the copy itself, or above it
-        some = helpers.load_cifar10(folder, False, 1, ["cat", "dog"], urls=())
-        assert np.unique(some.train[1]).tolist() == [3, 5]
+def assert_is_official(data, official_files):
+    """Both splits are what the official batches hold, pixel by pixel."""
+    for (images, labels), name in ((data.train, "data_batch_1"), (data.test, "test_batch")):
+        written = pickle.loads((official_files / BATCHES / name).read_bytes())
+        n = len(written["labels"])
+        assert images.shape == (n, 32, 32, 3) and images.dtype == np.uint8
+        assert np.array_equal(images.transpose(0, 3, 1, 2).reshape(n, 3072), written["data"])
+        assert labels.tolist() == written["labels"] and labels.dtype == np.int64
+    assert data.source.startswith("official CIFAR-10 batches, MD5 verified")
+    assert not data.is_stand_in
 
 
-@pytest.mark.parametrize("message, damage", [
-    ("^cifar10-images/test/cat/n.png", lambda f: Image.new("L", (9, 9)).save(f / "test/cat/n.png")),
-    ("^cifar10-images/test/cat/00001.png", lambda f: os.truncate(f / "test/cat/00001.png", 90)),
-    ("^CIFAR-10 cannot be read .* cat.*: add what", lambda f: [
-        shutil.rmtree(f / "test/cat"), os.symlink("cat", f / "test/cat")]),
-    ("^CIFAR-10 cannot be read .*: add what", lambda f: [
-        shutil.rmtree(f.parent), os.symlink("data", f.parent)]),
-    ("written .*one: .*No space.*make room", shutil.rmtree)])
-def test_bad_images_and_disks_are_named_and_not_replaced(tmp_path, monkeypatch, message, damage):
-    monkeypatch.setattr(helpers, "FETCH", "\nraise OSError(28, 'No space left on device')")
-    write_image_tree(tmp_path / "data", 2, 2)
-    damage(tmp_path / "data" / FOLDERS)
-    with pytest.raises(RuntimeError, match=message):
-        load(tmp_path / "data", ["http://one/", "http://two/"])
-    assert not [*tmp_path.rglob(".*")]
-
-
-class Handler(socketserver.StreamRequestHandler):
-    """Answers a request for /<fault>/<name> as that fault demands."""
-
-    def handle(self):
-        request, body = b"".join(iter(self.rfile.readline, b"\r\n")), self.server.body
-        self.server.requests.append(request)
-        fault, name = request.split()[1].split(b"/")[-2:]
-        head = b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n" % len(body)
-        answers = {
-            b"good": [head, b"\r\n" + body], b"wrong": [head, b"\r\n" + body[::-1]],
-            b"redirect": [b"HTTP/1.0 302 Found\r\nLocation: /good/%s\r\n\r\n" % name],
-            b"missing": [b"HTTP/1.0 404 Not Found\r\n\r\n"], b"slow": [head, *[b"X: y\r\n"] * 90],
-            b"stall": [head, b"\r\n" + body[:100], *[b""] * 600]}
-        for piece in answers[fault]:
-            self.wfile.write(piece)
-            self.server.stopped.wait(0.1)
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    """Whatever proxy the machine uses, it is not asked for this machine's own addresses."""
+    monkeypatch.setenv("no_proxy", "*")
 
 
 @pytest.fixture
-def server(archive, monkeypatch):
-    """A server on loopback, its ``url`` and the ``requests`` it got, and an impatient client."""
+def server(official_files, monkeypatch):
+    """A server of the archive, and a client that gives up after half a second of silence."""
     monkeypatch.setattr(helpers, "STALL_TIMEOUT", 0.5)
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        server.body, server.requests, server.stopped = archive.read_bytes(), [], threading.Event()
-        server.url = f"http://127.0.0.1:{server.server_address[1]}"
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with serve((official_files / ARCHIVE_NAME).read_bytes()) as server:
         yield server
-        server.stopped.set()
-        server.shutdown()
 
 
-def test_faulty_servers_give_way_and_the_archive_stays(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(helpers, "DOWNLOAD_LIMIT", 4)
-    faults = dict(stall="timed out", slow="after 4 s", wrong="md5 is", missing="404", redirect="")
-    urls = [f"{server.url}/{fault}/{ARCHIVE}" for fault in [*faults, "never"]]
-    data = load(tmp_path / "new/er", [REFUSED, *urls])
-    assert data.source == f"official CIFAR-10 batches, MD5 verified, from {server.url[7:]}"
-    assert len(data.train[1]) == 100 and len(data.skipped) == 7
-    for reason, said in zip(data.skipped[2:], ["refused", *faults.values()]):
-        assert reason.startswith("127.0.0.1:") and said in reason and "\n" not in reason
-    assert len(server.requests) == 6 and set(os.listdir(tmp_path / "new/er")) == {BATCHES, ARCHIVE}
-    assert "127.0.0.1" not in load(tmp_path / "new/er", urls[-1:]).source
+# ---- Found on the disk ----
 
 
-def test_a_proxy_set_late_and_a_file_url_serve(server, archive, tmp_path, monkeypatch):
-    url = f"http://nowhere.invalid/good/{ARCHIVE}"
-    with pytest.raises(RuntimeError, match="- nowhere.invalid: "):
-        load(tmp_path / "one", [url], allow_stand_in=False)
-    monkeypatch.setenv("http_proxy", server.url.replace("127.0.0.1", "localhost"))
-    assert load(tmp_path / "one", [url]).source.endswith("from nowhere.invalid")
-    assert load(tmp_path / "two", [archive.as_uri()]).source.endswith(f" {archive.as_uri()}")
+def test_batches_on_the_disk_are_read_and_nothing_is_written_or_asked_for(
+        official_files, tmp_path, server):
+    put(official_files / BATCHES, tmp_path)
+    before = contents(tmp_path)
+    data = load(tmp_path, [f"{server.url}/good/{ARCHIVE_NAME}"], allow_stand_in=True)
+    assert_is_official(data, official_files)
+    assert data.source == "official CIFAR-10 batches, MD5 verified" and data.skipped == ()
+    assert contents(tmp_path) == before and server.requests == []
 
 
-def test_torchvision_itself_is_the_last_source(server, tmp_path, monkeypatch):
-    assert helpers.DOWNLOAD_URLS[-1] == datasets.CIFAR10.url
-    monkeypatch.setattr(datasets.CIFAR10, "url", f"{server.url}/good/{ARCHIVE}")
-    patch = "\nfrom torchvision.datasets import CIFAR10\n" + "".join(
-        f"CIFAR10.{name} = {getattr(datasets.CIFAR10, name)!r}\n"
-        for name in ("url", "tgz_md5", "train_list", "test_list", "meta"))
-    monkeypatch.setattr(helpers, "FETCH_BY_TORCHVISION", patch + helpers.FETCH_BY_TORCHVISION)
-    assert len(load(tmp_path, [REFUSED, datasets.CIFAR10.url]).train[1]) == 100
-    assert set(os.listdir(tmp_path)) == {BATCHES, ARCHIVE}
-    assert b"torchvision" not in server.requests[0]
+def test_an_archive_on_the_disk_is_unpacked_beside_itself(official_files, tmp_path):
+    put(official_files / ARCHIVE_NAME, tmp_path)
+    assert_is_official(load(str(tmp_path)), official_files)
+    assert contents(tmp_path) == contents(official_files)
 
 
-def test_the_stand_in_comes_last_if_allowed_and_is_every_digit_of_scikit_learn_enlarged(tmp_path):
-    (tmp_path / "train").mkdir()  # of something else
-    data, digits = load(tmp_path, [REFUSED]), load_digits()
-    told = "(?s)\n- no official .*\n- no image folders .*\n- 127.* refused.*\nSet ALLOW_STAND_IN"
-    with pytest.raises(RuntimeError, match=told) as error:
-        load(tmp_path, [REFUSED], allow_stand_in=False)
-    assert "\n- ".join(data.skipped) in str(error.value) and os.listdir(tmp_path) == ["train"]
+def test_the_archive_is_unpacked_through_a_linked_batches_folder(official_files, tmp_path):
+    put(official_files / ARCHIVE_NAME, tmp_path)
+    (tmp_path / "disk").mkdir()
+    try:
+        (tmp_path / BATCHES).symlink_to("disk", target_is_directory=True)
+    except OSError as error:
+        pytest.skip(f"symbolic links are refused here: {error}")
+    assert_is_official(load(tmp_path), official_files)
+    assert contents(tmp_path / "disk") == contents(official_files / BATCHES)
+
+
+@pytest.mark.parametrize("what, folder, data_dir", [
+    (BATCHES, "disk", f"disk/{BATCHES}"),
+    (ARCHIVE_NAME, "disk", f"disk/{ARCHIVE_NAME}"),
+    (BATCHES, BATCHES, BATCHES),
+    (ARCHIVE_NAME, BATCHES, BATCHES),
+    (ARCHIVE_NAME, "disk", "~/disk")],
+    ids=["the batches' own", "the archive's own", "a folder named so that holds the batches",
+         "a folder named so that holds the archive", "one in the home folder"])
+def test_data_dir_may_be_any_of_these_paths(
+        official_files, tmp_path, monkeypatch, what, folder, data_dir):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    put(official_files / what, tmp_path / folder)
+    assert_is_official(load(data_dir), official_files)
+    assert contents(tmp_path / folder / BATCHES) == contents(official_files / BATCHES)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numpys_warnings_on_old_pickles_are_not_shown(official_files, monkeypatch):
+    def warn(self):
+        warnings.warn("dtype(): align should be passed as Python or NumPy boolean")
+
+    monkeypatch.setattr(datasets.CIFAR10, "_load_meta", warn)
+    assert_is_official(load(official_files), official_files)
+
+
+# ---- Damage ----
+
+
+@pytest.mark.parametrize("name", BATCH_FILES)
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_batches_are_unpacked_again_from_the_archive(official_files, tmp_path, name, how):
+    put(official_files / BATCHES, tmp_path)
+    put(official_files / ARCHIVE_NAME, tmp_path)
+    damage(tmp_path / BATCHES / name, how)
+    assert_is_official(load(tmp_path), official_files)
+    assert contents(tmp_path) == contents(official_files)
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_batches_are_replaced_by_a_download(official_files, tmp_path, server, how):
+    put(official_files / BATCHES, tmp_path)
+    damage(tmp_path / BATCHES / "test_batch", how)
+    data = load(tmp_path, [f"{server.url}/good/{ARCHIVE_NAME}"])
+    assert_is_official(data, official_files)
+    assert data.skipped == (f"damaged (MD5) in '{tmp_path}': {BATCHES}",)
+    assert contents(tmp_path) == contents(official_files)
+
+
+@pytest.mark.parametrize("name", BATCH_FILES)
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_batches_without_a_source_are_named_and_no_digits_take_their_place(
+        official_files, tmp_path, monkeypatch, name, how):
+    put(official_files / BATCHES, tmp_path)
+    damage(tmp_path / BATCHES / name, how)
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where the evil pickle would make its file
+    with pytest.raises(RuntimeError) as error:
+        load(tmp_path, [NOBODY], allow_stand_in=True)
+    lines = str(error.value).split("\n")
+    assert lines[1] == f"- damaged (MD5) in '{tmp_path}': {BATCHES}"
+    assert lines[2].startswith("- 127.0.0.1:1: ")
+    assert lines[3].endswith(f"{ARCHIVE_NAME} into '{tmp_path}', or delete the damaged files.")
+    assert contents(tmp_path) == before
+    pickle.loads(EVIL).close()  # it would have made its file, had it been read
+    assert (tmp_path / "ran.txt").is_file()
+
+
+def test_a_damaged_archive_is_named_or_replaced_by_a_download(official_files, tmp_path, server):
+    put(official_files / ARCHIVE_NAME, tmp_path)
+    damage(tmp_path / ARCHIVE_NAME, "cut short")
+    before = contents(tmp_path)
+    with pytest.raises(RuntimeError, match=r"damaged \(MD5\) in '.*': cifar-10-python.tar.gz\n"):
+        load(tmp_path, allow_stand_in=True)
+    assert contents(tmp_path) == before
+    data = load(tmp_path, [f"{server.url}/good/{ARCHIVE_NAME}"])
+    assert_is_official(data, official_files)
+    assert contents(tmp_path) == contents(official_files)
+
+
+# ---- Downloads ----
+
+
+@pytest.mark.parametrize("fault, said", [
+    ("missing", "404"), ("html", "MD5"), ("wrong", "MD5"), ("cut", "MD5|IncompleteRead"),
+    ("silent", "timed out")])
+def test_a_faulty_server_gives_way_to_the_next_and_none_is_asked_after_that(
+        official_files, tmp_path, server, fault, said):
+    behaviours = [fault, "redirect", "missing"]
+    urls = [f"{server.url}/{behaviour}/{ARCHIVE_NAME}" for behaviour in behaviours]
+    host = server.url[len("http://"):]
+    data = load(tmp_path / "new" / "folder", [NOBODY, *urls], allow_stand_in=True)
+    assert_is_official(data, official_files)
+    assert data.source.endswith(f", from {host}")
+    nothing_there, nobody, faulty = data.skipped
+    assert nothing_there.startswith("no official CIFAR-10 batches or archive in ")
+    assert nobody.startswith("127.0.0.1:1: ") and "refused" in nobody
+    assert faulty.startswith(f"{host}: ") and "\n" not in faulty
+    assert re.search(said, faulty)
+    assert server.requests == [
+        f"/{fault}/{ARCHIVE_NAME}", f"/redirect/{ARCHIVE_NAME}", f"/good/{ARCHIVE_NAME}"]
+    assert contents(tmp_path / "new" / "folder") == contents(official_files)
+
+
+def test_a_slow_server_that_keeps_delivering_is_let_finish(official_files, tmp_path, server):
+    data = load(tmp_path, [f"{server.url}/slow/{ARCHIVE_NAME}"])  # four times STALL_TIMEOUT
+    assert_is_official(data, official_files)
+
+
+def test_what_was_in_data_dir_stays_as_it_was_when_downloads_fail(tmp_path, server):
+    (tmp_path / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    behaviours = ["missing", "html", "wrong", "cut", "silent"]
+    urls = [f"{server.url}/{behaviour}/{ARCHIVE_NAME}" for behaviour in behaviours]
+    with pytest.raises(RuntimeError, match="could not be loaded"):
+        load(tmp_path, urls)
+    assert len(server.requests) == len(urls)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("behaviour", ["good", "wrong", "missing"])
+def test_a_download_leaves_the_default_timeout_of_sockets_as_it_was(tmp_path, server, behaviour):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(77)
+    try:
+        load(tmp_path, [f"{server.url}/{behaviour}/{ARCHIVE_NAME}"], allow_stand_in=True)
+        assert socket.getdefaulttimeout() == 77
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def test_a_file_url_works_and_is_named_as_the_source(official_files, tmp_path):
+    url = (official_files / ARCHIVE_NAME).as_uri()
+    data = load(tmp_path, [url])
+    assert_is_official(data, official_files)
+    assert data.source.endswith(f", from {url}")
+
+
+def test_a_full_disk_is_named_and_no_digits_take_the_place(tmp_path, monkeypatch):
+    urls_asked = []
+
+    def fill_disk(url, dst, *args, **kwargs):
+        urls_asked.append(url)
+        Path(dst).write_bytes(b"as much as fits")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fill_disk)
+    message = f"'{tmp_path}' cannot be read or written (No space left on device). Make room"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        load(tmp_path, ["http://one/", "http://two/"], allow_stand_in=True)
+    assert urls_asked == ["http://one/"]
+    assert contents(tmp_path) == {}
+
+
+def test_a_data_dir_that_cannot_be_made_is_named_and_no_digits_take_the_place(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RuntimeError, match="cannot be read or written") as error:
+        load(tmp_path / "file" / "data", [NOBODY], allow_stand_in=True)
+    assert str(tmp_path / "file") in str(error.value)
+    assert isinstance(error.value.__cause__, OSError)
+    assert error.value.__cause__.strerror in str(error.value)
+
+
+def test_a_file_that_cannot_be_unpacked_is_named_and_no_digits_take_the_place(
+        official_files, tmp_path):
+    put(official_files / ARCHIVE_NAME, tmp_path)
+    in_the_way = tmp_path / BATCHES / "test_batch"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(RuntimeError, match=re.escape(f"'{in_the_way}' cannot be read or written")):
+        load(tmp_path, [NOBODY], allow_stand_in=True)
+
+
+# ---- The stand-in ----
+
+
+def test_the_stand_in_is_every_digit_of_scikit_learn_enlarged_and_split_by_the_seed(tmp_path):
+    data = load(tmp_path, [NOBODY], allow_stand_in=True)
     assert data.is_stand_in and data.source.startswith("STAND-IN: scikit-learn")
-    for split, ids in zip("train test".split(), helpers.stratified_split(digits.target, 0.2, 1)):
-        (images, labels), small = getattr(data, split), np.rint(digits.images[ids] * 255 / 16)
-        assert np.array_equal(images, np.kron(small[..., None], np.ones((1, 4, 4, 3))))
-        assert np.array_equal(labels, digits.target[ids])
-        assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
+    assert len(data.skipped) == 2 and contents(tmp_path) == {}
+
+    digits = load_digits()
+    train_ids, test_ids = helpers.stratified_split(digits.target, 0.2, seed=1)
+    for (images, labels), ids in ((data.train, train_ids), (data.test, test_ids)):
+        grey = np.rint(digits.images[ids] / 16 * 255)
+        enlarged = np.kron(grey[..., None], np.ones((4, 4, 3)))
+        assert np.array_equal(images, enlarged) and images.dtype == np.uint8
+        assert np.array_equal(labels, digits.target[ids]) and labels.dtype == np.int64
+    assert len(train_ids) + len(test_ids) == 1797
 
 
-@pytest.mark.parametrize("as_given", [
-    list, tuple, np.uint8, torch.from_numpy, lambda labels: np.int32(labels[:, None])])
-def test_new_ids_follow_ascending_cifar10_ids_whatever_holds_the_labels(as_given):
-    ids, names = helpers.class_mapping(["cat", "dog", "airplane"])
-    assert ids == {0: 0, 3: 1, 5: 2} and str(names) == "{'airplane': 0, 'cat': 1, 'dog': 2}"
-    assert [*helpers.class_mapping(helpers.CIFAR10_CLASSES)[0].values()] == [*range(10)]
-    labels = as_given(np.array([5, 1, 3, 0, 5, 9]))
-    kept, new = helpers.filter_and_relabel(list(IMAGES), labels, ids)
-    assert kept[:, 0, 0, 0].tolist() == [0, 2, 3, 4] and kept.dtype == np.uint8
-    assert new.tolist() == [2, 1, 0, 2] and new.dtype == np.int64
-    assert len(helpers.stratified_split(as_given(np.arange(20) % 2), 0.1, seed=1)[1]) == 2
+def test_if_the_stand_in_is_not_allowed_all_reasons_and_a_way_out_are_told(tmp_path):
+    with pytest.raises(RuntimeError) as error:
+        load(tmp_path, [NOBODY, "http://localhost:1/"], allow_stand_in=False)
+    lines = str(error.value).split("\n")
+    assert lines[0] == "CIFAR-10 could not be loaded."
+    assert lines[1] == f"- no official CIFAR-10 batches or archive in '{tmp_path}'"
+    assert lines[2].startswith("- 127.0.0.1:1: ")
+    assert lines[3].startswith("- localhost:1: ")
+    assert lines[4] == f"Put {ARCHIVE_NAME} into '{tmp_path}', or set ALLOW_STAND_IN to True."
+    assert len(lines) == 5
 
 
-@pytest.mark.parametrize("names, images, labels, message", [
-    ("cat unicorn", IMAGES, [3] * 6, "'unicorn'.*each once"), ("cat cat", IMAGES, [3] * 6, "once"),
-    ("cat dog", IMAGES, range(5), r"int64 \(5,\): "), ("cat dog", IMAGES / 1.0, [3] * 6, "float64"),
-    ("cat dog", IMAGES, [3.5] * 6, "labels float64"), ("cat dog", IMAGES, [3] * 6, r"id \[5\]"),
-    ("cat dog", IMAGES[:, 1:], range(6), r"\(6, 31, 32, 3\)"),
-    ("cat dog", IMAGES, np.full((6, 2), 3), r"int64 \(6, 2\)")])
-def test_what_cannot_be_filtered_is_refused_with_its_value(names, images, labels, message):
-    with pytest.raises(ValueError, match=message):
-        helpers.filter_and_relabel(images, labels, helpers.class_mapping(names.split())[0])
+# ---- Classes and splits ----
+
+IMAGES = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1).repeat(32, 1).repeat(32, 2).repeat(3, 3)
+LABELS = [5, 1, 3, 0, 5, 9]
+
+
+def test_new_ids_follow_the_original_ids_whatever_the_order_of_the_names():
+    id_mapping, name_mapping = helpers.class_mapping(["cat", "dog", "airplane"])
+    assert list(id_mapping.items()) == [(0, 0), (3, 1), (5, 2)]
+    assert list(name_mapping.items()) == [("airplane", 0), ("cat", 1), ("dog", 2)]
+    for names in (["cat", "unicorn"], ["cat", "dog", "cat"]):
+        message = re.escape(f"class names are {names}: ") + ".* each once"
+        with pytest.raises(ValueError, match=message):
+            helpers.class_mapping(names)
+
+
+@pytest.mark.parametrize("images, labels", [
+    (list(IMAGES), LABELS), (IMAGES, np.array(LABELS, dtype=np.uint8)),
+    (torch.from_numpy(IMAGES), torch.tensor(LABELS)), (IMAGES, np.array(LABELS).reshape(6, 1))],
+    ids=["lists", "arrays", "tensors", "a column of labels"])
+def test_the_images_of_the_classes_are_kept_in_order_and_relabelled(images, labels):
+    kept, new_labels = helpers.filter_and_relabel(images, labels, {0: 0, 3: 1, 5: 2})
+    assert np.array_equal(kept, IMAGES[[0, 2, 3, 4]]) and kept.dtype == np.uint8
+    assert new_labels.tolist() == [2, 1, 0, 2] and new_labels.dtype == np.int64
+
+
+@pytest.mark.parametrize("images, labels, message", [
+    (IMAGES / 255, LABELS, "images are float64 (6, 32, 32, 3)"),
+    (IMAGES[:, 1:], LABELS, "images are uint8 (6, 31, 32, 3)"),
+    (IMAGES[0], LABELS, "images are uint8 (32, 32, 3)"),
+    (IMAGES, np.arange(5), "labels int64 (5,)"),
+    (IMAGES, np.full((6, 2), 3), "labels int64 (6, 2)"),
+    (IMAGES, [3.5] * 6, "labels float64 (6,)"),
+    (IMAGES, [True] * 6, "labels bool (6,)"),
+    (IMAGES, [3] * 6, "no image has the original class id 5")])
+def test_what_cannot_be_filtered_is_refused_with_what_it_is(images, labels, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        helpers.filter_and_relabel(images, labels, {3: 0, 5: 1})
 
 
 @pytest.mark.parametrize("fraction, counts, expected", [
     (0.1, [50, 30, 10], [5, 3, 1]), (0.5, [40, 6, 2], [20, 3, 1]), (0.75, [40, 8, 4], [30, 6, 3])])
-def test_a_split_is_stratified_complete_sorted_repeatable_or_refused(fraction, counts, expected):
+def test_a_split_is_stratified_complete_sorted_and_repeatable(fraction, counts, expected):
     labels = np.repeat([0, 1, 2], counts)
-    splits = [helpers.stratified_split(labels, fraction, seed) for seed in (1, 1, 2)]
-    (rest, held_out), (_, same), (_, other) = [[part.tolist() for part in s] for s in splits]
-    assert sorted(rest + held_out) == list(range(len(labels))) and held_out == same != other
+    rest, held_out = helpers.stratified_split(labels, fraction, seed=1)
+    assert sorted([*rest, *held_out]) == list(range(len(labels)))
+    assert list(rest) == sorted(rest) and list(held_out) == sorted(held_out)
     assert np.bincount(labels[held_out]).tolist() == expected
-    assert rest == sorted(rest) and held_out == sorted(held_out)
-    with pytest.raises(ValueError, match=f"fraction is {fraction}: .* {counts[2] - 1} images"):
-        helpers.stratified_split(labels[:-1], fraction, seed=1)
+
+    _, same = helpers.stratified_split(labels.reshape(-1, 1), fraction, seed=np.int64(1))
+    _, other = helpers.stratified_split(labels, fraction, seed=2)
+    assert held_out.tolist() == same.tolist()
+    assert held_out.tolist() != other.tolist()
 
 
-@pytest.mark.parametrize("size", [16, 32, np.int64(48)])
-def test_evaluation_images_are_resized_and_normalised_in_order_and_draw_nothing(
-        labelled_images, size):
-    images, labels = labelled_images
-    before = torch.get_rng_state()
-    batches = list(helpers.make_loader(images, labels, train=False, image_size=size,
-                                       batch_size=np.int64(40)))
-    assert torch.equal(torch.get_rng_state(), before)
-    normalised = (images / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
-    expected = F.interpolate(torch.from_numpy(normalised).permute(0, 3, 1, 2), int(size),
-                             mode="bilinear", antialias=True).float()
-    assert torch.allclose(torch.cat([x for x, _ in batches]), expected, atol=1e-5)
-    assert torch.cat([y for _, y in batches]).tolist() == labels.tolist()
+@pytest.mark.parametrize("fraction", [np.float32(0.1), Fraction(1, 10)], ids=repr)
+def test_a_fraction_of_another_type_splits_as_its_float_does(fraction):
+    labels = np.repeat([0, 1], 30)
+    rest, held_out = helpers.stratified_split(labels, fraction, seed=1)
+    expected_rest, expected_held_out = helpers.stratified_split(labels, float(fraction), seed=1)
+    assert np.array_equal(rest, expected_rest)
+    assert np.array_equal(held_out, expected_held_out)
 
 
-@pytest.mark.parametrize("n, train, sizes", [
-    (90, True, [40, 40]), (40, True, [40]), (10, True, [10]), (2, True, [2]), (1, True, None),
-    (0, True, None), (0, False, None), (1, False, [1]), (41, False, [40, 1])])
-def test_an_incomplete_last_batch_and_too_few_images(labelled_images, n, train, sizes):
-    images, labels = (part[:n] for part in labelled_images)
-    refusal = pytest.raises(ValueError, match=f"^{n} images are too few")
-    with nullcontext() if sizes else refusal:
-        loader = helpers.make_loader(images, labels, train=train, image_size=32, batch_size=40)
-        assert [len(y) for _, y in loader] == sizes and len(loader) == len(sizes)
+@pytest.mark.parametrize("fraction, smallest", [(0.1, 9), (0.5, 1), (0.75, 3), (0.1, 0)])
+def test_a_class_too_small_to_be_on_both_sides_is_refused(fraction, smallest):
+    labels = np.repeat([0, 1], [40, smallest]) if smallest else np.array([], dtype=int)
+    message = f"the fraction is {fraction}: a class with {smallest} images"
+    with pytest.raises(ValueError, match=message):
+        helpers.stratified_split(labels, fraction, seed=1)
 
 
-def test_each_training_image_is_drawn_cropped_and_flipped_by_torchs_global_generator():
-    image = np.random.default_rng(0).integers(0, 256, size=(32, 32, 3), dtype=np.uint8)
-    loader = helpers.make_loader(
-        np.stack([image] * 64), range(64), train=True, image_size=32, batch_size=64)
-    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
-    crops = {padded[y:y + 32, x:x + 32][:, ::step].tobytes(): (y, x, step)
-             for y in range(9) for x in range(9) for step in (1, -1)}
-    seen = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        images, labels = next(iter(loader))
-        seen.append((labels.tolist(), [crops[x.tobytes()] for x in to_display(images)]))
-    order, drawn = seen[0]
-    ys, xs, steps = map(set, zip(*drawn))  # each is one of the 162 possible ones
-    assert ys == xs == set(range(9)) and steps == {1, -1} and len(set(drawn)) > 30
-    assert seen[0] == seen[1] and order != seen[2][0] and drawn != seen[2][1]
-    assert order != sorted(order) == list(range(64))
+def test_a_network_that_goes_away_in_a_download_gives_way_to_the_next_source(
+        tmp_path, monkeypatch):
+    def fail(*args, **settings):
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    data = helpers.load_cifar10(tmp_path, True, seed=1, urls=["http://one/", "http://two/"])
+    assert data.is_stand_in
+    assert [reason.split(":")[0] for reason in data.skipped[1:]] == ["one", "two"]
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_the_dataset_is_an_ordinary_one_and_grey_images_stay_grey(train):
-    grey = np.random.default_rng(0).integers(0, 256, (48, 32, 32, 1), np.uint8).repeat(3, axis=3)
-    labels = torch.arange(48, dtype=torch.uint8)[:, None] % 3
-    dataset = helpers.ImageDataset(grey, labels, train=train, image_size=40)
-    image, label = dataset[np.int64(4)]
-    assert image.shape == (3, 40, 40) and int(label) == 1 and len(dataset) == 48
-    for loader in (
-            DataLoader(Subset(dataset, range(24)), 12), DataLoader(dataset, 12, num_workers=1),
-            DataLoader(dataset, batch_sampler=BatchSampler(SequentialSampler(dataset), 12, False))):
-        for x, y in loader:
-            assert np.ptp(to_display(x).astype(int), axis=-1).max() <= 1  # but for rounding
-            assert (x.shape, y.shape) == ((12, 3, 40, 40), (12,))
-            assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+def test_no_class_and_no_images_are_refused():
+    with pytest.raises(ValueError, match="class names are \\[\\]"):
+        helpers.class_mapping([])
+    with pytest.raises(ValueError, match="images are int64"):
+        helpers.as_arrays(3, 3)
+
+
+def test_a_folder_whose_name_is_too_long_is_told_in_one_sentence():
+    with pytest.raises(RuntimeError, match="cannot be read or written"):
+        helpers.load_cifar10("x" * 300, True, seed=1, urls=["http://127.0.0.1:1/"])
