@@ -183,22 +183,29 @@ def in_notebook() -> bool:
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
-def show_markdown(text: str, display_id: Optional[str] = None, update: bool = False) -> None:
-    """Display Markdown in a notebook, or ``update`` what has this id; elsewhere print it."""
+def show_markdown(
+    text: str, plain: Optional[str] = None, display_id: Optional[str] = None, update: bool = False
+) -> None:
+    """Display Markdown in a notebook, or ``update`` what has this id; elsewhere print it.
+
+    ``plain`` is what a viewer shows that does not render Markdown: ``text`` itself unless given.
+    """
+    plain = text if plain is None else plain
     if not in_notebook():
-        print(text)
+        print(plain)
         return
     from IPython.display import display
 
-    data = {"text/markdown": text, "text/plain": text}
     named = {} if display_id is None else {"display_id": display_id, "update": update}
-    display(data, raw=True, **named)
+    display({"text/markdown": text, "text/plain": plain}, raw=True, **named)
 
 
 def show_source(*functions: Callable) -> None:
     """Display the source code of functions, coloured."""
     code = "\n\n".join(inspect.getsource(function) for function in functions)
-    show_markdown(f"```python\n{code}```")
+    # Without the style nbconvert's pages would show it in a proportional font.
+    show_markdown(
+        f'<div style="font-family: monospace">\n\n```python\n{code}```\n\n</div>', plain=code)
 
 
 def live_line() -> Callable[[str], None]:
@@ -299,8 +306,8 @@ def build_model(name: str, pretrained: bool) -> Tuple[nn.Module, str, str]:
             f"does not load, {reason}{advice})")
     if sha256.startswith(sha256_prefix):
         return trained, sha256, f"ImageNet weights ({weights.name})"
-    return trained, sha256, (f"a file in place of {weights.name}, "
-                             f"not torchvision's own file, SHA-256 {sha256[:8]}")
+    return trained, sha256, (f"not torchvision's own file for {weights.name} "
+                             f"(SHA-256 {sha256[:8]})")
 
 
 def find_modules(model: nn.Module, kind: type) -> List[Tuple[str, nn.Module]]:
@@ -324,7 +331,7 @@ def place_modules(model: nn.Module, modules: Sequence[Tuple[str, nn.Module]]) ->
     for name, module in modules:
         parent_name, _, key = name.rpartition(".")
         if not key:
-            raise AttributeError("the model itself has no place in a model")
+            raise AttributeError("the model itself cannot be replaced")
         parent = model.get_submodule(parent_name)
         old = parent.get_submodule(key)
         places.append((parent, key, old.training, module))
@@ -347,8 +354,8 @@ def replace_relu(
     twice has one place under two names.) Raises ValueError, with nothing changed, if there
     is no such occurrence or the request is not sound.
 
-    nn.TransformerEncoderLayer picks its fast ReLU path when it is built, so that in
-    evaluation a replacement there has no effect.
+    nn.TransformerEncoderLayer picks a fast ReLU path when it is built: there a replacement
+    has no effect in evaluation.
     """
     relus = find_modules(model, nn.ReLU)
     if not 1 <= first_replaced <= len(relus):
@@ -1114,7 +1121,7 @@ def linear_probe(model: nn.Module, train_loader, test_loader, dtype=torch.float3
 # ==== Pictures ===================================================================================
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito 2008).
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"
+BLUE, ORANGE = "#0072B2", "#D55E00"
 
 # Pictures look alike whatever style or matplotlibrc the user has.
 in_default_style = style.context("default")

@@ -45,6 +45,7 @@ import helpers
 CLASS_NAMES = ["cat", "dog", "airplane"]
 N_TEST_IMAGES = 3000  # of these classes
 BATCH_SIZE = 128
+GREY = "#767676"
 SEED = 1337  # of what is trained once
 
 
@@ -510,8 +511,8 @@ def draw_study(pairs: Dict[str, Pairs], n_relu: int) -> Figure:
     figure = Figure((9, 1.9 + 0.55 * len(pairs)), layout="constrained", label=title)
     figure.suptitle(title, wrap=True)
     axis = figure.add_subplot()
-    axis.axvspan(-1, 1, color=helpers.GREY, alpha=0.15, linewidth=0, label="±1 point")
-    axis.axvline(0, color=helpers.GREY)
+    axis.axvspan(-1, 1, color=GREY, alpha=0.15, linewidth=0, label="±1 point")
+    axis.axvline(0, color=GREY)
     for y, (swap, pair) in enumerate(pairs.items()):
         mean = 100 * differences[swap].mean
         half_width = 100 * differences[swap].high - mean

@@ -217,7 +217,7 @@ def test_a_run_with_defaults_prints_every_line_of_the_interface_in_order(runs):
     check_form(notebook)
     text = printed_text(notebook)
     check_lines(text, LINES)
-    label = "a file in place of IMAGENET1K_V1, not torchvision's own file, SHA-256 "
+    label = "not torchvision's own file for IMAGENET1K_V1 (SHA-256 "
     assert text.replace("\n", " ").count(f"Weights: {label}") == 2
     box = result_box(notebook).split("\n\n")
     assert len(box) == 5 and "with ReLU" in box[0] and label in box[3]

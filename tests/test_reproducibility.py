@@ -182,5 +182,5 @@ def test_outside_a_notebook_text_is_printed_and_progress_is_silent(capsys):
     assert capsys.readouterr().out == "A title\n"
     helpers.show_source(helpers.in_notebook, helpers.pick_device)
     printed = capsys.readouterr().out
-    assert printed.startswith("```python\ndef in_notebook() -> bool:\n")
+    assert printed.startswith("def in_notebook() -> bool:\n")
     assert "\n\ndef pick_device() -> torch.device:\n" in printed
