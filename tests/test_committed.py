@@ -4,12 +4,16 @@ The notebook's outputs are those of its cells and of helpers.py, and every numbe
 wrote down stands in an output or in a file of evidence.
 """
 
+import contextlib
 import hashlib
+import inspect
+import io
 import re
 
 import nbformat
 import pytest
 
+import helpers
 from benchmark import pair_up, read_study, study_table
 from conftest import ROOT
 from execute_notebook import find_notebook, hash_code_cells
@@ -151,3 +155,24 @@ def test_what_the_readme_names_is_there():
 def test_the_notebook_shows_no_output_of_a_machine_of_ones_own(notebook):
     text = "\n".join(str(output) for output in all_outputs(notebook) if "image" not in str(output))
     assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|Users)/", text)
+
+
+def test_the_readmes_example_prints_what_the_readme_says():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```\s+prints `(.*?)`", readme, re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(example.group(1), {})
+    assert printed.getvalue().strip() == example.group(2)
+
+
+@pytest.mark.parametrize("names", [
+    "replace_relu find_modules place_modules _place",
+    "fit with_progress train_one_epoch evaluate predict compute_logits make_optimizer EpochMetrics "
+    "Recipe live_line in_notebook",
+    "estimate_statistics norms_behind find_modules compute_logits"])
+def test_the_readme_counts_the_lines_to_copy(names):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    n_lines = sum(len(inspect.getsource(getattr(helpers, name)).splitlines())
+                  for name in names.split())
+    assert f"({n_lines} lines)" in readme

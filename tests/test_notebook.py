@@ -94,7 +94,8 @@ def picture_titles(notebook):
 
 
 def without_times(text):
-    return re.sub(r"\d+ min \d\d s|\d+ s an epoch, [\d.]+ min|: [\d.]+ min", "", text)
+    text = re.sub(r"\d+ min \d\d s", "", text)
+    return re.sub(r"\d+ s an epoch, [\d.]+ min|: [\d.]+ min", "", text)
 
 
 def shown(cell):
