@@ -129,7 +129,7 @@ def test_data_dir_may_be_any_of_these_paths(
     assert contents(tmp_path / folder / BATCHES) == contents(official_files / BATCHES)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_numpys_warnings_on_old_pickles_are_not_shown(official_files, monkeypatch):
     def warn(self):
         warnings.warn("dtype(): align should be passed as Python or NumPy boolean")

@@ -165,7 +165,7 @@ def test_a_confusion_matrix_has_its_first_class_on_top_and_shades_mistakes_only(
     assert strong[2] < weak[2]  # 80% is stronger than 10%
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_a_confusion_matrix_without_mistakes_or_with_an_empty_row_can_be_drawn():
     for matrix in (np.diag([3, 4]), np.array([[3, 0], [0, 0]])):
         figure = helpers.plot_confusion(matrix, ["cat", "dog"], "Title")
@@ -198,7 +198,7 @@ USERS_STYLE = ["dark_background", {
     "font.size": 20, "savefig.facecolor": "black"}]
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("draw", ALL_PICTURES)
 def test_a_users_own_style_changes_no_pixel_and_warns_of_nothing(draw):
     expected = pixels_of(draw())
