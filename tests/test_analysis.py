@@ -78,7 +78,7 @@ def test_a_pair_is_compared_by_the_exact_mcnemar_test(counts, p_value):
     assert difference == helpers.paired_difference(a, b)
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("counts, mean", [((5, 0, 0, 5), 0), ((0, 6, 0, 0), 1)])
 def test_a_difference_without_spread_is_a_point(counts, mean):
     difference, _, _, _ = helpers.compare_paired(*pair_with(*counts))
