@@ -296,13 +296,14 @@ def pair_up(trainings: Sequence[Training]) -> Dict[str, Pairs]:
 
 
 def find_control(training: Training, trainings: Sequence[Training]) -> Optional[Training]:
-    """The ReLU network of the same seed with the same parameters trained.
+    """The ReLU network of the same seed and kind of processor, with the same parameters trained.
 
     "ReLU from 7" and "ReLU from 4" are the same if the same part is frozen; where both are there,
     it is the one with the training's own number.
     """
     controls = [other for other in trainings if other.is_control
-                and (other.seed, other.trainable) == (training.seed, training.trainable)]
+                and (other.seed, other.trainable) == (training.seed, training.trainable)
+                and other.row["processor"] == training.row["processor"]]
     for control in controls:
         if control.swap.split(" from ")[1] == training.swap.split(" from ")[1]:
             return control
@@ -619,12 +620,12 @@ JITTER = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
 RESIZED_CROP = transforms.RandomResizedCrop(32, scale=(0.5, 1), antialias=True)
 FROZEN_UP_TO_2 = ("conv1", "bn1", "layer1", "layer2")
 
-# Beside helpers.RECIPES: 3 epochs at 88 px, and 18 at 48 px.
+# Beside helpers.RECIPES: 3 epochs at 80 px, and 18 at 48 px.
 VARIANTS = {
     "pretrained": {
         "4 epochs, 96 px": Variant({"epochs": 4, "image_size": 96}),
         "3 epochs, 96 px": Variant({"image_size": 96}),
-        "3 epochs, 80 px": Variant({"image_size": 80}),
+        "3 epochs, 88 px": Variant({"image_size": 88}),
         "4 epochs": Variant({"epochs": 4}),
         "2 epochs, 112 px": Variant({"epochs": 2, "image_size": 112}),
         "3 epochs, 128 px": Variant({"image_size": 128}),

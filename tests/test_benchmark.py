@@ -207,6 +207,12 @@ def test_of_two_like_controls_the_one_with_the_swaps_own_number_counts(tmp_path)
     assert benchmark.find_control(trainings[2], trainings) is trainings[1]
 
 
+def test_a_control_from_another_kind_of_processor_does_not_count(tmp_path):
+    trainings = read_rows(
+        tmp_path, make_row("ReLU from 7", 1, processor="another"), make_row("SiLU from 7", 1))
+    assert benchmark.find_control(trainings[1], trainings) is None
+
+
 def test_only_relu_itself_is_a_control(tmp_path):
     trainings = read_rows(
         tmp_path,

@@ -169,7 +169,7 @@ def test_the_readmes_example_prints_what_the_readme_says():
 
 
 @pytest.mark.parametrize("names", [
-    "replace_relu find_modules place_modules _place",
+    "replace_relu find_modules place_modules",
     "fit with_progress train_one_epoch evaluate predict compute_logits make_optimizer EpochMetrics "
     "Recipe live_line in_notebook",
     "estimate_statistics norms_behind find_modules compute_logits"])

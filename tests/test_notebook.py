@@ -33,7 +33,7 @@ Replacing activations at indices (1-based): [7, 8, 9] with nn.SiLU
    7  layer3.1.relu   ReLU(inplace=True)  →  SiLU()
 ReLU remaining: 6
 SiLU inserted: 3
-Check passed: exactly ReLUs 7, 8, 9 were replaced
+Check passed: exactly ReLUs 7 to 9 were replaced
 Old head: in_features=512 → out_features=1000
 New head: in_features=512 → out_features=3
 Target classes: 3
@@ -56,8 +56,8 @@ Best Val Acc: #% (epoch #)
 Epoch 1/# | Train Loss: # | Train Acc: #% | Val Loss: # | Val Acc: #%
 Final Val Acc: #%
 Test Acc: #% (95% CI #–#)
-SiLU: #% right | recall: airplane #%, cat #%, dog #%
-ReLU: #% right | recall: airplane #%, cat #%, dog #%
+SiLU: #% right; recall airplane #%, cat #%, dog #%
+ReLU: #% right; recall airplane #%, cat #%, dog #%
 Right only with SiLU: # images, only with ReLU: #
 SiLU minus ReLU: # points (95% CI # to #), exact McNemar p #
 after training, SiLU … #% … #%
@@ -266,7 +266,7 @@ def test_as_a_plain_script_on_the_stand_in_with_other_parameters_all_it_prints_i
         "Target classes: 2", "Data source: STAND-IN: …",
         "Selected classes: ['ship', 'frog']", "Mapping (original id → new id): {6: 0, 8: 1}",
         "Mapping (class name → new id): {'frog': 0, 'ship': 1}",
-        "Random weights: there are no statistics that a swap could disturb.",
+        "Random weights: no statistics that a swap could disturb.",
         "Plan: 1 of 1 epochs for one network, …", "No control in this run.", "Final Val Acc: #%",
         "after training, GELU → ReLU … #% … #%", "Total runtime: # min # s",
         "**Test accuracy #% with GELU** [STAND-IN IMAGES]", "Final Val Acc: #% with GELU …"])

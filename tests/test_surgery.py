@@ -161,9 +161,9 @@ def make_the_same():
 @pytest.mark.parametrize("first, make_activation, message", [
     (0, nn.SiLU, "first_replaced is 0, but the model has 5 nn.ReLU"),
     (6, nn.SiLU, "first_replaced is 6, but the model has 5 nn.ReLU"),
-    (4, make_relu_inside, "without nn.ReLU"),
-    (4, make_string, "'SiLU'"),
-    (4, make_the_same, "the same module twice"),
+    (4, make_relu_inside, "the new activation holds an nn.ReLU"),
+    (4, make_string, "'SiLU': it must make a new nn.Module"),
+    (4, make_the_same, "it must make a new nn.Module at each call"),
 ])
 def test_a_replacement_that_is_refused_leaves_the_model_unchanged(
         first, make_activation, message):
@@ -178,7 +178,7 @@ def test_a_container_with_a_place_both_to_keep_and_to_replace_is_refused():
     block = nn.Sequential(nn.ReLU(), nn.ReLU())
     model = nn.Sequential(block, nn.ReLU(), block)
     before = places_of(model)
-    with pytest.raises(ValueError, match="2.1 is the same place"):
+    with pytest.raises(ValueError, match="a block that is registered twice holds one to keep"):
         helpers.replace_relu(model, nn.SiLU, 5)
     assert places_of(model) == before
 

@@ -413,7 +413,7 @@ def test_what_does_not_fit_loses_the_control_first_then_epochs_but_one(
     assert recipe == replace(NINE_EPOCHS, epochs=epochs)
     assert control is False
     assert f"{epochs} of 9 epochs for one network, about 60 s an epoch, {epochs}.0 min" in line
-    assert f"TIME_BUDGET_MINUTES = {budget:g} is too short" in line
+    assert "would do for 9 epochs for " in line
 
 
 @pytest.mark.parametrize("epoch_seconds", [0.7, 60, 61.3, 350])
@@ -422,7 +422,7 @@ def test_the_budget_that_a_plan_asks_for_is_the_one_that_keeps_everything(
         epoch_seconds, run_control):
     _, _, line = helpers.plan_training(
         NINE_EPOCHS, epoch_seconds, run_control=run_control, budget_minutes=0.01)
-    asked_for = int(re.search(r"too short for more: (\d+) would do for 9 for", line).group(1))
+    asked_for = int(re.search(r"TIME_BUDGET_MINUTES = (\d+) would do", line).group(1))
 
     def keeps_everything(budget):
         recipe, control, _ = helpers.plan_training(
