@@ -499,29 +499,33 @@ def find_official_files(folder: Path) -> List[str]:
     return [name for name in (BATCHES, ARCHIVE_NAME) if os.path.lexists(folder / name)]
 
 
-def load_official(folder: Path) -> Cifar10:
-    """The official batches in ``folder``, unpacked from the archive if they are missing or damaged.
+def read_split(folder: Path, *, train: bool) -> Split:
+    """torchvision checks the MD5 of the batches in ``folder``, then unpickles them.
 
-    torchvision checks each file's MD5, then unpickles it. Raises SourceUnavailable if neither
-    batches nor archive are there and whole.
+    Raises torchvision's RuntimeError if they are missing or damaged.
     """
-    def read_split(train: bool) -> Split:
-        batches = datasets.CIFAR10(str(folder), train=train)  # RuntimeError if one is not whole
-        return batches.data, np.array(batches.targets, dtype=np.int64)
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy's, on old pickles (pytorch/vision issue 9340)
-        try:
-            train, test = read_split(True), read_split(False)
-        except RuntimeError:
-            archive = folder / ARCHIVE_NAME
-            if not check_integrity(str(archive), ARCHIVE_MD5):
-                found = " and ".join(find_official_files(folder))
-                raise SourceUnavailable(
-                    f"damaged (MD5) in '{folder}': {found}" if found else
-                    f"no official CIFAR-10 batches or archive in '{folder}'") from None
-            extract_archive(str(archive), str(folder))
-            train, test = read_split(True), read_split(False)
+        batches = datasets.CIFAR10(str(folder), train=train)
+    return batches.data, np.array(batches.targets, dtype=np.int64)
+
+
+def load_official(folder: Path) -> Cifar10:
+    """The official batches in ``folder``, unpacked from the archive if need be.
+
+    Raises SourceUnavailable if neither is there and whole.
+    """
+    try:
+        train, test = read_split(folder, train=True), read_split(folder, train=False)
+    except RuntimeError:  # missing or damaged
+        archive = folder / ARCHIVE_NAME
+        if not check_integrity(str(archive), ARCHIVE_MD5):
+            found = " and ".join(find_official_files(folder))
+            raise SourceUnavailable(
+                f"damaged (MD5) in '{folder}': {found}" if found else
+                f"no official CIFAR-10 batches or archive in '{folder}'") from None
+        extract_archive(str(archive), str(folder))
+        train, test = read_split(folder, train=True), read_split(folder, train=False)
     return Cifar10(train, test, source="official CIFAR-10 batches, MD5 verified")
 
 

@@ -99,7 +99,7 @@ def test_it_was_run_whole_on_the_official_images_with_both_networks(notebook):
     assert "Train counts: {0: 4500, 1: 4500, 2: 4500} | Val counts: {0: 500," in text
     assert "Precision: float32" in text and "STAND-IN" not in text
     minutes = int(re.search(r"Total runtime: (\d+) min", text).group(1))
-    assert minutes < 20
+    assert minutes < 18  # of 20: room to spare
 
 
 def test_every_number_that_a_person_wrote_in_the_notebook_is_in_an_output(notebook):
