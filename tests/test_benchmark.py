@@ -77,7 +77,7 @@ def test_a_file_without_rows_holds_no_trainings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, n_trainings, n_controls", [("pretrained", 63, 17), ("random", 10, 5), ("recipe", 4, 2)])
+    "name, n_trainings, n_controls", [("pretrained", 63, 17), ("random", 10, 5), ("recipe", 8, 4)])
 def test_the_committed_studies_are_read_whole(name, n_trainings, n_controls):
     trainings = benchmark.read_study(STUDIES / f"study-{name}.csv")
     pairs = benchmark.pair_up(trainings)

@@ -56,8 +56,8 @@ def written_lines(notebook):
     """(cell's index, line, the outputs that it speaks of) of what a person wrote of this run.
 
     A paragraph that begins with "**Committed run" speaks of the outputs between the markdown cell
-    before it and itself; a bullet below one, of the sections that it names, such as (3.1), and of
-    the file tests/results.md if it names that.
+    before it and itself; a bullet below one, of the sections that it names, such as (3.1). Either
+    speaks of the file tests/results.md, too, if it names that.
     """
     section, outputs_of = "", {}
     lines = []
@@ -71,14 +71,18 @@ def written_lines(notebook):
             heading = re.match(r"#+ (\d(?:\.\d)?)", block)
             if heading:
                 section = heading.group(1)
-            elif block.startswith("**Committed run"):
-                lines.append((i, block, since_markdown))
+                continue
+            if block.startswith("**Committed run"):
+                evidence = since_markdown
             elif block.startswith("- ") and "**Committed run" in cell.source:
                 named = re.findall(r"\((\d(?:\.\d)?)\)", block)
                 evidence = "\n".join(outputs_of.get(name, "") for name in named)
-                if "tests/results.md" in block:
-                    evidence += (ROOT / "tests" / "results.md").read_text(encoding="utf-8")
-                lines.append((i, re.sub(r"\(\d(?:\.\d)?\)", "", block), evidence))
+                block = re.sub(r"\(\d(?:\.\d)?\)", "", block)
+            else:
+                continue
+            if "tests/results.md" in block:
+                evidence += (ROOT / "tests" / "results.md").read_text(encoding="utf-8")
+            lines.append((i, block, evidence))
         since_markdown = ""
     return lines
 

@@ -47,9 +47,9 @@ Val: to float → Resize(#) → Normalize
 Train batch: images (#, 3, #, #), labels (#,)
 Val batch: images (#, 3, #, #), labels (#,)
 First loss: #; guessing gives ln 3 = 1.099
-One batch of # images, after 29 steps: loss #, accuracy #%
-before training, ReLU … #% … #%
-before training, SiLU … #% … #%
+One batch of # images, at step 30: loss #, accuracy #%
+probe before training, ReLU … #% … #%
+probe before training, SiLU … #% … #%
 Plan: # of # epochs for each of two networks, about # s an epoch, # min in all.
 Epoch 1/# | Train Loss: # | Train Acc: #% | Val Loss: # | Val Acc: #%
 Best Val Acc: #% (epoch #)
@@ -60,10 +60,10 @@ SiLU: #% right; recall airplane #%, cat #%, dog #%
 ReLU: #% right; recall airplane #%, cat #%, dog #%
 Right only with SiLU: # images, only with ReLU: #
 SiLU minus ReLU: # points (95% CI # to #), exact McNemar p #
-after training, SiLU … #% … #%
-after training, SiLU → ReLU … #% … #%
-after training, ReLU … #% … #%
-after training, ReLU → SiLU … #% … #%
+trained, SiLU … #% … #%
+trained, SiLU → ReLU … #% … #%
+trained, ReLU … #% … #%
+trained, ReLU → SiLU … #% … #%
 Reproducibility summary
 Seed: 1337 | cudnn.deterministic=True | cudnn.benchmark=False
 helpers.py SHA-256: …
@@ -245,7 +245,7 @@ def test_after_an_interrupt_of_the_control_the_report_is_of_the_swapped_network_
     errors = [o for o in all_outputs(notebook) if o.output_type == "error"]
     assert [error.ename for error in errors] == ["KeyboardInterrupt"]
     text = printed_text(notebook)
-    check_lines(text, ["Test Acc: #% (95% CI #–#)", "after training, SiLU → ReLU … #% … #%",
+    check_lines(text, ["Test Acc: #% (95% CI #–#)", "trained, SiLU → ReLU … #% … #%",
                        "Total runtime: # min # s"])
     assert " minus ReLU" not in text and "ReLU → SiLU" not in text
     assert "with ReLU" not in result_box(notebook)
@@ -268,7 +268,7 @@ def test_as_a_plain_script_on_the_stand_in_with_other_parameters_all_it_prints_i
         "Mapping (class name → new id): {'frog': 0, 'ship': 1}",
         "Random weights: no statistics that a swap could disturb.",
         "Plan: 1 of 1 epochs for one network, …", "No control in this run.", "Final Val Acc: #%",
-        "after training, GELU → ReLU … #% … #%", "Total runtime: # min # s",
+        "trained, GELU → ReLU … #% … #%", "Total runtime: # min # s",
         "**Test accuracy #% with GELU** [STAND-IN IMAGES]", "Final Val Acc: #% with GELU …"])
     assert done.stdout.count("\n" + "#" * 88 + "\n") == 2  # above and below the data's source
     titles = [line for line in done.stdout.splitlines() if line.endswith("[STAND-IN IMAGES]")]
@@ -288,3 +288,6 @@ def test_the_parameters_cell_is_the_public_interface():
         TIME_BUDGET_MINUTES=20)
     helpers.check_parameters(values)
     assert all("#" in line for line in cell.source.splitlines())  # each is explained
+    recipe = helpers.RECIPES["pretrained"]
+    assert f"None: the recipe's, {recipe.image_size}\n" in cell.source
+    assert f"None: the recipe's, {recipe.epochs}\n" in cell.source
