@@ -493,7 +493,7 @@ def title_study(differences: Dict[str, helpers.Difference]) -> str:
     beyond = [swap for swap, difference in differences.items() if judge(difference) == "beyond"]
     title = f"Within ±1 point of ReLU: {list_swaps(within) or 'none shown'}"
     if beyond:
-        title += f"; beyond: {list_swaps(beyond)}"
+        title += f"\nBeyond: {list_swaps(beyond)}"
     return title
 
 

@@ -477,8 +477,8 @@ def test_the_title_claims_what_the_intervals_allow():
     assert benchmark.title_study({
         "SiLU from 7": within, "GELU from 7": within, "SiLU from 4": within,
         "SiLU from 1": beyond, "GELU from 1": unclear}) == (
-        "Within ±1 point of ReLU: SiLU, GELU from the 7th and SiLU from the 4th; "
-        "beyond: SiLU from the 1st")
+        "Within ±1 point of ReLU: SiLU, GELU from the 7th and SiLU from the 4th\n"
+        "Beyond: SiLU from the 1st")
     assert benchmark.title_study({"SiLU from 2": unclear}) == (
         "Within ±1 point of ReLU: none shown")
 
